@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tunesmith.cli.duration import duration
+from tunesmith.cli.duration import parse_duration
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.garbage import JobFolder, Resources, StoredFile, folders, leftovers, unneeded
 from tunesmith.cli.gc import _remove
@@ -282,11 +282,11 @@ def test_a_folder_keeps_its_owner_if_a_part_of_it_cannot_be_removed() -> None:
 
 
 def test_durations() -> None:
-    assert [duration(text, "--older-than") for text in ("90s", "30m", "24h", "7d")] == [
+    assert [parse_duration(text, "--older-than") for text in ("90s", "30m", "24h", "7d")] == [
         timedelta(seconds=90),
         timedelta(minutes=30),
         DAY,
         7 * DAY,
     ]
     with pytest.raises(CliError, match="--older-than 1 week is not a duration: write seconds, minutes, hours or days"):
-        duration("1 week", "--older-than")
+        parse_duration("1 week", "--older-than")

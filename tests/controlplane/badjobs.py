@@ -214,7 +214,7 @@ BAD_JOBS: dict[str, BadJob] = {
         FailureReason.INVALID_SPEC,
         guarded=True,
     ),
-    "4 bits turned back that never were": apply("use Original", output={"merge": "Dequantized"}),
+    "dequantised merge of a base that is not quantised": apply("use Original", output={"merge": "Dequantized"}),
     "a copy to a claim": apply(
         "a uri of a copy is s3://bucket/path", output={"exports": [{"uri": "pvc://claim/copy"}]}
     ),

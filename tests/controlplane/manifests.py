@@ -147,7 +147,7 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a queue that is no name": ({"scheduling__queue": "-team"}, LABEL, LABEL),
     "two methods": ({"method__qlora": {}}, ONE_METHOD, ONE_METHOD),
-    "method left out": (
+    "method omitted": (
         {"method": REMOVE},
         "spec.method: Required value",
         "spec.method is missing: Fine-tuning method; exactly one field.",

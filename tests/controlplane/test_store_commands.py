@@ -143,7 +143,7 @@ def test_a_folder_is_uploaded_with_what_is_below_it(place: Place) -> None:
         ("\n", "s3://tunesmith/a.jsonl", {}, 2, "train.jsonl has no rows"),
         (None, "s3://tunesmith/a.jsonl", {}, 2, "the file train.jsonl does not exist"),
         (ROW, "tunesmith/a.jsonl", {}, 2, "tunesmith/a.jsonl is not a URI of a store"),
-        (ROW, "s3://tunesmith/a.jsonl", {"AWS_SECRET_ACCESS_KEY": "wrong"}, 1, "keys come from the environment"),
+        (ROW, "s3://tunesmith/a.jsonl", {"AWS_SECRET_ACCESS_KEY": "wrong"}, 1, "keys are read from the environment"),
     ],
     ids=["no JSON", "empty", "absent", "no uri", "wrong keys"],
 )

@@ -116,7 +116,7 @@ CASES = {
         (),
         "Failed",
         {"Validated": ("False", "OutOfMemory"), "Failed": ("True", "OutOfMemory")},
-        "the chat template's text of a row",
+        "its text after the chat template",
     ),
     "a validation that is pre-empted repeatedly fails": Case(
         observed(job(), validation=kube_job("validate", *(pod(disrupted=True) for _ in range(10)), pod())),

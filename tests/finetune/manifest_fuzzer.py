@@ -30,12 +30,12 @@ from tunesmith.finetune import render
 from tunesmith.finetune.observe import observe
 from tunesmith.finetune.plan import plan
 from tunesmith.finetune.settings import JobSettings
-from tunesmith.finetune.status import reports
+from tunesmith.finetune.status import status_events
 from tunesmith.serving import adapter as adapters
 from tunesmith.serving import pool as pools
 from tunesmith.serving import render as pool_render
 from tunesmith.serving.settings import PoolSettings
-from tunesmith.serving.source import candidates, choose_pool, resolve_artifact
+from tunesmith.serving.resolve import candidates, choose_pool, resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -239,7 +239,7 @@ def _finetunejob(manifest: Object, chance: random.Random) -> str:
         assert decided.status.conditions, "a plan without a condition"
         assert decided.status.phase is not None, "a plan without a phase"
         new_events("FineTuneJob", observation.job.status.conditions, decided.status.conditions)
-        reports(observation.job.status, decided.status)
+        status_events(observation.job.status, decided.status)
         status = decided.status.manifest()
         _writable(status)
     return "planned"

@@ -13,7 +13,7 @@ from tunesmith.api.conditions import find
 from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.contracts.transitions import new_events
 from tunesmith.finetune.plan import plan
-from tunesmith.finetune.status import reports, without_reports
+from tunesmith.finetune.status import status_events, without_reports
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
@@ -43,19 +43,19 @@ def test_rows_that_are_scored_and_trained_on_are_reported_once_as_a_warning() ->
     assert status.preflight is not None
     assert status.preflight.manifest()["alsoTrained"] == [trained]
     sentence = "12 of 200 held-out rows are also trained on, so evaluation.loss overrates the adapter"
-    warnings = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
+    warnings = [notice for notice in status_events(before.status, status) if notice.type == "Warning"]
     assert [(notice.reason, sentence in notice.message) for notice in warnings] == [("ScoredRowsTrained", True)]
     assert sentence in next(entry.message for entry in status.conditions if entry.type == "Validated")
-    assert [notice for notice in reports(status, status) if notice.type == "Warning"] == []
+    assert [notice for notice in status_events(status, status) if notice.type == "Warning"] == []
 
 
 def test_a_suite_without_scores_is_reported_once_as_a_warning() -> None:
     attempts = {1: kube_job("1", terminated_pod(0, UNSCORED), succeeded=True)}
     before = job(validated(attempt(1)))
     status = plan(observed(before, attempts=attempts), STORE).status
-    warnings = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
+    warnings = [notice for notice in status_events(before.status, status) if notice.type == "Warning"]
     assert [(notice.reason, notice.message) for notice in warnings] == [("SuiteFailed", NO_SCORES)]
-    assert [notice for notice in reports(status, status) if notice.type == "Warning"] == []
+    assert [notice for notice in status_events(status, status) if notice.type == "Warning"] == []
 
 
 def test_the_status_has_the_outcome_of_each_export() -> None:

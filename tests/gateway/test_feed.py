@@ -188,7 +188,7 @@ async def test_an_unreadable_line_stops_no_watch_and_hides_no_deletion(world: Wo
     other, record = world.key("other")
     await eventually(lambda: api.lists["configmaps"] == 2 and api.watched("configmaps"), "the kind is watched again")
     api.put(record)
-    await eventually(lambda: world.keys.find(other), "the watch goes on")
+    await eventually(lambda: world.keys.find(other), "the watch continues")
     api.put(pool_manifest(namespace="team"))
     await eventually(lambda: list(world.catalog._models), "the other watches were not disturbed")
     assert api.lists["servingpools"] == 1

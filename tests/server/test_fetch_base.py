@@ -429,4 +429,4 @@ def test_endpoints_and_redirects_to_unlisted_addresses_are_refused(location: str
         done = fetch(location, tmp_path / "base", secret, environment=environment, name=STORE_SECRET)
     refused = "127.0.0.2" if listed else "127.0.0.1"
     assert done.returncode == 3
-    assert f"leads to {refused}, an address of the pod itself, which jobs and pools may not reach" in done.stderr
+    assert f"resolves to {refused}, an address of the pod itself, which jobs and pools may not reach" in done.stderr

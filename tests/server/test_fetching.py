@@ -129,7 +129,7 @@ def test_an_endpoint_that_is_not_listed_is_never_connected_to(
 ) -> None:
     entry = wanted(adapter(), store)
     write_secret(settings.secret, store.secret | {"AWS_ENDPOINT_URL": f"http://127.0.0.2:{store.port}"})
-    with pytest.raises(StoreError, match=r"leads to 127\.0\.0\.2, an address of the pod itself") as refused:
+    with pytest.raises(StoreError, match=r"resolves to 127\.0\.0\.2, an address of the pod itself") as refused:
         make().fetch(entry)
     assert not refused.value.permanent
 

@@ -192,7 +192,7 @@ def test_uris_and_redirects_to_unlisted_addresses_are_refused(
 ) -> None:
     with (
         guarded({ALLOWED_ADDRESSES: allowed}),
-        pytest.raises(AccessDeniedError, match=rf"leads to {refused}, an address of the pod itself"),
+        pytest.raises(AccessDeniedError, match=rf"resolves to {refused}, an address of the pod itself"),
     ):
         at(web).read(name, 0, 1)
 

@@ -12,7 +12,7 @@ from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.claims import model_name_claim
 from tunesmith.serving.adapter import AdapterObservation, desired_copies, needs_slots, plan
-from tunesmith.serving.source import Artifact, Unresolved
+from tunesmith.serving.resolve import Artifact, Unresolved
 
 if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool

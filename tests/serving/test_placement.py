@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, evacuated, place, victims
+from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, is_evacuated, place, victims
 
 
 def pods(*contents: str, ready: bool = True) -> list[PlacementPod]:
@@ -83,10 +83,10 @@ def test_unplaced_copies_have_a_reason(want: str, there: list[str], slots: int, 
     ],
 )
 def test_a_failed_revision_gets_only_free_slots(want: str, there: list[str], slots: int, expected: str) -> None:
-    result = place([DesiredRevision("x", 1, spare=True), *wanted(want)], pods(*there), slots)
+    result = place([DesiredRevision("x", 1, best_effort=True), *wanted(want)], pods(*there), slots)
     assert shown(result) == expected
     assert result.unplaced == ()
-    assert result.spare == {"x"}
+    assert result.best_effort == {"x"}
 
 
 def test_ready_pods_come_first() -> None:
@@ -109,7 +109,7 @@ def test_spread_moves_to_an_empty_pod_and_removes_only_after_loading() -> None:
     assert first.pods["p0"] == ("a", "b"), "the old copy stays until the new one is resident"
     assert first.targets[moved] == {"p1"}
     loading = place(wanted("a1 b1"), pods("ab", f"({moved})"), 4, spread=True)
-    assert loading.pods == first.pods, "the same move goes on"
+    assert loading.pods == first.pods, "the same move continues"
     done = place(wanted("a1 b1"), pods("ab", moved), 4, spread=True)
     assert sorted(shown(done).split()) == ["a", "b"]
 
@@ -118,17 +118,17 @@ def test_a_victim_keeps_revisions_that_are_not_resident_elsewhere() -> None:
     leaving = [pods("a")[0], replace(pods("", "b")[1], victim=True)]
     moving = place(wanted("a1 b1"), leaving, 4)
     assert moving.pods == {"p0": ("a", "b"), "p1": ("b",)}
-    assert not evacuated(moving, leaving)
+    assert not is_evacuated(moving, leaving)
     arrived = [pods("ab")[0], leaving[1]]
     done = place(wanted("a1 b1"), arrived, 4)
     assert done.pods == {"p0": ("a", "b"), "p1": ()}
-    assert evacuated(done, arrived)
+    assert is_evacuated(done, arrived)
 
 
 def test_a_victim_without_room_elsewhere_does_not_wait() -> None:
     leaving = [pods("a")[0], replace(pods("", "b")[1], victim=True)]
     result = place(wanted("a1 b1"), leaving, 1)
-    assert evacuated(result, leaving)
+    assert is_evacuated(result, leaving)
     assert result.unplaced[0].revision == "b"
 
 

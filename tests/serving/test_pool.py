@@ -284,7 +284,7 @@ def test_a_base_whose_name_is_taken_is_degraded(decide: Build, adapter: Build, p
     assert degraded is not None
     assert degraded.message == (
         "the model name team/smol belongs to AdapterDeployment team/smol, which "
-        "is older: the base cannot be called under it"
+        "is older: the base model cannot be called by this name"
     )
 
 
@@ -366,7 +366,7 @@ def test_a_pool_that_waits_for_its_turn_reports_it(decide: Build, pod: Build) ->
     assert updated is not None
     assert updated.reason == "UpdatePending"
     assert updated.message == (
-        "this release of the installation replaces the pods: waits for the update of ServingPool team/a. When the "
+        "the installation changed, and the pods have to be replaced: waits for the update of ServingPool team/a. When the "
         "replacement begins, the pool's only serving pod stops before its replacement starts, because no surge pod is "
         "possible: no request is answered until the replacement is ready; running requests (4 now) have 60 s to finish"
     )

@@ -220,7 +220,7 @@ def test_a_stopping_pod_has_time_to_drain(pool: Callable[..., ServingPool]) -> N
         ({"env": [{"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"}, {"name": "LD_PRELOAD", "value": "/x.so"}]}, None),
         (
             {"env": [{"name": "PYTHONPATH", "value": "/x"}]},
-            "engine.env must not hold PYTHONPATH: the pool sets or guards them; remove them",
+            "engine.env must not hold PYTHONPATH: the pool sets or reserves them; remove them",
         ),
     ],
 )

@@ -120,7 +120,7 @@ def test_no_redirect_leads_to_a_refused_address(library: str, public: Server) ->
     failure = denied(raised.value, "the data set")
     assert isinstance(failure, AccessDeniedError)
     assert str(failure).startswith(
-        "the data set leads to 127.0.0.2, an address of the pod itself, which jobs and pools may not reach"
+        "the data set resolves to 127.0.0.2, an address of the pod itself, which jobs and pools may not reach"
     )
     assert "the chart's value trainer.allowedAddresses" in str(failure)
     assert public.reached == [f"127.0.0.1:{public.server_port}"]
@@ -253,7 +253,7 @@ def test_an_endpoint_in_a_users_secret_must_be_allowed(
         spec["output"] = {"exports": [{"uri": "s3://copies/wren"} | mine]}
     ran = bench.run("validate", manifest, "--secrets", str(tmp_path / "secrets"), allow_file=False)
     refused = "169.254.169.254" if "169" in endpoint else "127.0.0.2"
-    assert f"leads to {refused}, " in ran.result.message
+    assert f"resolves to {refused}, " in ran.result.message
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.ACCESS_DENIED, False)
 
 
@@ -314,7 +314,7 @@ def test_the_hub_is_read_without_redirects_and_without_the_unguarded_client(
     )
     shown, switched = done.stdout.splitlines()
     assert shown.startswith("AccessDenied HF_ENDPOINT of "), done.stderr
-    assert "for the data set hf://datasets/org/doors, leads to 127.0.0.2, " in shown
+    assert "for the data set hf://datasets/org/doors, resolves to 127.0.0.2, " in shown
     assert switched == "True False"
 
 
@@ -464,7 +464,7 @@ def test_an_export_goes_only_to_the_hub_of_its_secret(stores_own: Place, resolve
     assert (stores_own.recorded, resolved) == ([], {"huggingface.co"})
 
 
-# A folder's content cannot lead outside of it.
+# A folder's content cannot be outside of it.
 
 
 @pytest.fixture
@@ -492,9 +492,9 @@ def test_a_link_out_of_a_claim_is_refused(claim: Path) -> None:
     (claim / "away").symlink_to("../secret")
     assert read(claim, "pvc://claim/data/in.jsonl") == (claim / "data/train.jsonl").read_bytes()
     for uri in ("pvc://claim/data/out.jsonl", "pvc://claim/away/key.jsonl"):
-        with pytest.raises(AccessDeniedError, match="leads out of the claim: put what it links to into the claim"):
+        with pytest.raises(AccessDeniedError, match="through a symbolic link: copy the linked files into the claim"):
             read(claim, uri)
-    with pytest.raises(AccessDeniedError, match="leads out of the claim"):
+    with pytest.raises(AccessDeniedError, match="is outside of the claim through a symbolic link"):
         opened(claim, "pvc://claim/data/x")[0].check_links()
     folder, _ = opened(claim, "pvc://claim/data/x")
     assert folder.below("*.jsonl") == ["train.jsonl"]
@@ -514,7 +514,9 @@ def test_a_base_model_on_a_claim_with_a_link_out_of_it_is_refused(claim: Path, b
     assert fetch_base(folder, claim / "unused", weights=True) == base
     (base / "chat_template.jinja").unlink(missing_ok=True)
     (base / "chat_template.jinja").symlink_to(claim.parent / "secret/key.jsonl")
-    with pytest.raises(AccessDeniedError, match=r"chat_template\.jinja leads out of the claim"):
+    with pytest.raises(
+        AccessDeniedError, match=r"chat_template\.jinja is outside of the claim through a symbolic link"
+    ):
         fetch_base(folder, claim / "unused", weights=True)
 
 
@@ -546,5 +548,5 @@ def test_a_store_that_lists_a_path_out_of_its_folder_is_refused() -> None:
         }
         stores = Stores(secrets=Path("/none"), allow_file=False, environ=environ, retry=Retry(attempts=1))
         folder = stores.folder("s3://b/data", what="the data set", missing=DatasetNotFoundError)
-        with pytest.raises(AccessDeniedError, match="which leads out of the folder"):
+        with pytest.raises(AccessDeniedError, match="which is outside of the folder"):
             folder.below()

@@ -67,7 +67,7 @@ class Agent:
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._draining = False
-        self._slots = asyncio.Semaphore(PARALLEL_DOWNLOADS)
+        self._download_slots = asyncio.Semaphore(PARALLEL_DOWNLOADS)
         self._guard = Guard(
             engine,
             settings.state,
@@ -230,14 +230,14 @@ class Agent:
     def _observation(self) -> PodObservation:
         snapshot = self._snapshot
         # Before the first list, no adapter is known to be unwanted.
-        known = self._desired.current is not None
+        has_list = self._desired.current is not None
         return PodObservation(
             now=time.monotonic(),
             desired=self._wanted(),
             folders={digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._stored},
             downloading=frozenset(self._downloads),
             failures=self._failures | self._refused_failures(),
-            engine=None if snapshot is None or not self._guard.ready else (snapshot.resident if known else {}),
+            engine=None if snapshot is None or not self._guard.ready else (snapshot.resident if has_list else {}),
             in_flight={} if snapshot is None else snapshot.state.in_flight,
             unwanted_since=self._unwanted_since,
             max_loras=self._settings.max_loras,
@@ -254,7 +254,7 @@ class Agent:
 
     async def _download(self, adapter: DesiredAdapter) -> None:
         try:
-            async with self._slots:
+            async with self._download_slots:
                 await asyncio.to_thread(self._fetcher.fetch, adapter)
             self._stored.add(adapter.digest)
             for name in [a.engine_name for a in self._wanted() if a.digest == adapter.digest]:
@@ -279,8 +279,8 @@ class Agent:
             await self._engine.load(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
         except LoadRefusedError as error:
             previous = self._failures.get(name)
-            final = name in self._refused and previous is not None and previous.attempts + 1 >= MAX_LOAD_REFUSALS
-            self._fail(adapter, str(error), permanent=final)
+            permanent = name in self._refused and previous is not None and previous.attempts + 1 >= MAX_LOAD_REFUSALS
+            self._fail(adapter, str(error), permanent=permanent)
             self._refused.add(name)
         except EngineSilentError:
             await self._guard.load_hung(name, str(adapter_folder(self._settings.adapters, adapter.digest)))

@@ -202,7 +202,7 @@ def _fetch_hub(download: _Download, revision: str | None, credentials: Credentia
     except Exception as error:
         refused = refused_connection(error)
         if refused is not None:
-            raise StoreError(f"{uri} leads to {refused.explanation}.", permanent=False) from None
+            raise StoreError(f"{uri} resolves to {refused.explanation}.", permanent=False) from None
         if not isinstance(error, (HfHubHTTPError, OSError)):
             raise
         text = Scrubber(credentials.values).clean(f"{uri} could not be read from the Hub: {error}.")

@@ -35,8 +35,8 @@ SILENCE_SECONDS = 120.0
 PROCESSOR_SECONDS = 30
 """Processor time allowed for a download with its checks, plus one second for each `_CHECKED_BYTES_PER_SECOND` bytes."""
 _WALL_CLOCK_FACTOR = 5
-"""Factor for the wall-clock limit of a check, since the node may be busy: the limit of processor time stops an endless
-check."""
+"""Wall-clock limit of a check, as a multiple of its processor time: the node may be busy. An endless check is stopped by
+the limit of processor time."""
 _CHECKED_BYTES_PER_SECOND = 20_000_000
 _MEMORY = 160 * 2**20
 """Memory of a child, in bytes; `_MEMORY_PER_HEADER_BYTE` is added for each byte of the header."""
@@ -138,8 +138,8 @@ class ArtifactFetcher:
         self._check_seconds = _WALL_CLOCK_FACTOR * processor
         memory = _MEMORY + _MEMORY_PER_HEADER_BYTE * bounds.header
         self._child_limits = ChildLimits(memory, cpu_seconds=processor)
-        self._one_check = threading.Lock()
-        self._volume = threading.Lock()
+        self._check_lock = threading.Lock()
+        self._volume_lock = threading.Lock()
         self._reserved: dict[str, int] = {}
         self._children: set[Child] = set()
         self._closed = False
@@ -193,7 +193,7 @@ class ArtifactFetcher:
 
     def _supervise_check(self, child: Child, digest: str) -> None:
         """Let the child check, one child at a time; it sends `checked` when it is done, or the check's failure."""
-        with self._one_check, self._journal.checking(digest):
+        with self._check_lock, self._journal.checking(digest):
             child.answer()
             try:
                 kind, value = child.receive(self._check_seconds)
@@ -206,7 +206,7 @@ class ArtifactFetcher:
 
     def _reserve(self, digest: str, size: int) -> str:
         """Reserve space on the volume; return an error message if it is full, else an empty string."""
-        with self._volume:
+        with self._volume_lock:
             taken = sum(stored_sizes(self._settings.adapters).values()) + sum(self._reserved.values())
             if taken + size > self._settings.storage:
                 return (

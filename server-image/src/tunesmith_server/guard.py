@@ -4,12 +4,12 @@ At each start of the engine, before any adapter is loaded, its answer to a canar
 repeated after every load, once a minute, and when no token is processed. Two faults make the pod unready and restart
 the engine, which runs in another container and exits on request:
 
-- The base model's answers changed: CONFIRMATIONS consecutive answers differ from the reference by more than noise. An
-  adapter is permanently refused on this pod if no other can be the cause: it was loaded since the last good canary, and
-  no other adapter was loaded or used since. Otherwise the adapters that were loaded are on trial: after the restart
-  each of them is loaded alone and before all others, so that an adapter that does damage on request cannot make an
-  adapter that is being loaded appear to be the cause. The adapters that were used are suspects: they are narrowed down
-  to those involved in every incident, and the last remaining one is refused.
+- The base model's answers changed: CONFIRMATIONS consecutive answers differ from the reference by more than noise. If
+  only one adapter can be the cause (it was loaded since the last good canary, and no other was loaded or used since),
+  it is permanently refused on this pod. Otherwise the adapters that were loaded since are on trial: after the restart
+  each of them is loaded alone and before all others, so that it is not blamed for damage that another adapter did when
+  it was used. The adapters that were used since are suspects: each incident keeps only the suspects that were used in
+  it too, and the last remaining one is refused.
 - The engine hangs: a canary has waited for HANG_SECONDS, in which the engine processed no token at all. A busy engine
   processes tokens, however long its queue is. After STALL_SECONDS the pod receives no more requests; an engine that
   was only starved of CPU receives them again after its next token.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tunesmith_server.engine import EngineClient, EngineSnapshot
 
 CANARY_SECONDS = 60.0
-"""Time between two canaries of an idle engine: 12 tokens a minute."""
+"""Time between two canaries of an idle engine. They cost 12 tokens a minute."""
 CONFIRMATIONS = 3
 """Number of consecutive answers that must differ: each is computed in another batch, so that noise does not repeat."""
 HANG_SECONDS = 30.0
@@ -68,7 +68,7 @@ class GuardRecord(BaseModel):
         reference: first answer of that process.
         refused: reason for never loading a digest on this pod again, by digest.
         on_trial: digests that are loaded alone, and before others.
-        suspected: digests of which one changed the base model's answers when it was used.
+        suspected: digests, one of which changed the base model's answers when it was used.
         unexplained: number of restarts for changed answers without a suspect.
     """
 
@@ -176,7 +176,7 @@ class Guard:
         self._observe_stall(now)
         if self._check is None:
             if self._due(snapshot, now):
-                self._start(self._canary(snapshot, now), now)
+                self._start_check(self._canary(snapshot, now), now)
         else:
             limit = self._hang_seconds if self.ready else WARM_UP_SECONDS
             if min(now - self._check_started, now - self._boot.progress_at) >= limit:
@@ -254,7 +254,7 @@ class Guard:
             log.warning("%s", self.stalled)
         self._changed()
 
-    def _start(self, check: Coroutine[None, None, None], now: float) -> None:
+    def _start_check(self, check: Coroutine[None, None, None], now: float) -> None:
         self._check_started = now
         self._check = asyncio.create_task(check)
         self._check.add_done_callback(self._check_finished)
@@ -276,10 +276,10 @@ class Guard:
         candidates = self.unverified
         try:
             if not self.ready:
-                await asyncio.gather(*(self._try(body) for body in canary.warm_up(model, length)))
+                await asyncio.gather(*(self._send_probe(body) for body in canary.warm_up(model, length)))
             # A harmful adapter does damage only when it computes.
             probes = [canary.request(name, length, max_tokens=4, logprobs=None) for name in sorted(candidates)]
-            await asyncio.gather(*(self._try(body) for body in probes))
+            await asyncio.gather(*(self._send_probe(body) for body in probes))
             answer = canary.read(await self._engine.complete(canary.request(model, length)))
         except EngineDownError as error:
             log.info("canary: %s", error)
@@ -308,7 +308,7 @@ class Guard:
             if self._boot.differing >= CONFIRMATIONS:
                 await self._find_cause(snapshot)
 
-    async def _try(self, body: dict[str, object]) -> None:
+    async def _send_probe(self, body: dict[str, object]) -> None:
         """Send a request whose answer does not matter."""
         with contextlib.suppress(RequestRefusedError):
             await self._engine.complete(body)
@@ -323,8 +323,8 @@ class Guard:
 
     async def _find_cause(self, snapshot: EngineSnapshot) -> None:
         """Determine which adapters may have changed the base model's answers, and restart the engine."""
-        loaded, now = self.unverified, _requests(snapshot)
-        used = {name for name in self._resident if now.get(name, 0) > self._boot.used.get(name, 0)} - loaded
+        loaded, requests = self.unverified, _requests(snapshot)
+        used = {name for name in self._resident if requests.get(name, 0) > self._boot.used.get(name, 0)} - loaded
         if not loaded and not used:
             if self._record.unexplained >= MAX_UNEXPLAINED:
                 log.error("canary: the base model's answers change without an adapter; further changes are only logged")

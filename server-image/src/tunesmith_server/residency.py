@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 UNLOAD_SECONDS = 30.0
 """Time for which an adapter that is no longer wanted stays loaded for its running requests."""
 FIRST_RETRY_SECONDS = 1.0
-LAST_RETRY_SECONDS = 60.0
+MAX_RETRY_SECONDS = 60.0
 MAX_LOAD_REFUSALS = 3
 """Number of refusals by one engine process after which an adapter counts as unfit."""
 
@@ -31,7 +31,7 @@ class Failure:
     def after(cls, previous: Failure | None, message: str, *, permanent: bool, now: float) -> Failure:
         """Return the failure that follows `previous`, with twice its delay."""
         attempts = (previous.attempts if previous else 0) + 1
-        delay = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (attempts - 1))
+        delay = min(MAX_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (attempts - 1))
         return cls(message, permanent, attempts, now + delay)
 
 
@@ -94,7 +94,7 @@ def plan(observed: PodObservation) -> PodPlan:
             )
             result.report.append(_residency(adapter, ResidencyState.FAILED, message))
             continue
-        residency, action = _next(adapter, observed, free)
+        residency, action = _next_action(adapter, observed, free)
         result.report.append(residency)
         if action == "load":
             free -= 1
@@ -113,13 +113,13 @@ def plan(observed: PodObservation) -> PodPlan:
     return result
 
 
-def _next(adapter: DesiredAdapter, observed: PodObservation, free: int) -> tuple[Residency, str]:
+def _next_action(adapter: DesiredAdapter, observed: PodObservation, free: int) -> tuple[Residency, str]:
     path = observed.folders.get(adapter.digest)
     loaded = (observed.engine or {}).get(adapter.engine_name)
     failure = observed.failures.get(adapter.engine_name)
     if loaded is not None and loaded == path:
         if adapter.engine_name in observed.unverified:
-            return _residency(adapter, ResidencyState.LOADING, "the engine's answers are being checked with it"), ""
+            return _residency(adapter, ResidencyState.LOADING, "it is loaded, and the canary has not passed yet"), ""
         return _residency(adapter, ResidencyState.RESIDENT), ""
     if failure is not None and (failure.permanent or observed.now < failure.retry_at):
         return _residency(adapter, ResidencyState.FAILED, failure.message, permanent=failure.permanent), ""

@@ -39,4 +39,4 @@ def denied(error: BaseException, what: str) -> AccessDeniedError | None:
         what: description of what would have been read or written.
     """
     refusal = connections.refused_connection(error)
-    return None if refusal is None else AccessDeniedError(f"{what} leads to {refusal.explanation}")
+    return None if refusal is None else AccessDeniedError(f"{what} resolves to {refusal.explanation}")

@@ -24,7 +24,7 @@ from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.options import Command
 from tunesmith_trainer.process.confidential import clean_output, scrubber_of
 from tunesmith_trainer.process.interruption import Interruption
-from tunesmith_trainer.process.launch import LAUNCHED, die_with_parent, launch
+from tunesmith_trainer.process.launch import LAUNCHED, die_with_launcher, launch
 from tunesmith_trainer.process.progress import Progress, serve
 from tunesmith_trainer.process.ranks import PeerLostError, Ranks, lost_peer, of_pod
 from tunesmith_trainer.process.termination import UPLOAD_SECONDS, Termination
@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     options = parse(argv)
     os.environ.update(_ENVIRONMENT)
-    die_with_parent()
+    die_with_launcher()
     logging.captureWarnings(capture=True)
     for noisy in ("py.warnings", "bitsandbytes", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

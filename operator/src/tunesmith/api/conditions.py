@@ -182,8 +182,8 @@ class FailureReason(Reason):
     )
     ACCESS_DENIED = _warning(
         "AccessDenied",
-        "The store rejects the credentials of the Secret that the message names, or a uri leads to an address "
-        "that jobs may not reach, or outside of its PersistentVolumeClaim.",
+        "The store rejects the credentials of the Secret that the message names, or a uri resolves to an address "
+        "that jobs may not reach, or a link points outside of its PersistentVolumeClaim.",
     )
     DATASET_NOT_FOUND = _warning("DatasetNotFound", "The uri has no rows.")
     DATASET_INVALID = _warning(

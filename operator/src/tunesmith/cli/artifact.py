@@ -44,7 +44,7 @@ def download(
 ) -> None:
     """Download the artifact of a job, and check every file against its hash.
 
-    The folder can be loaded with PEFT and is what vLLM loads. The keys are those of the environment (AWS_ACCESS_KEY_ID
+    PEFT and vLLM can load the folder. The keys are those of the environment (AWS_ACCESS_KEY_ID
     and so on), otherwise those of the Secret tunesmith-store of the namespace.
 
     Example: tunesmith artifact download support --output support-adapter

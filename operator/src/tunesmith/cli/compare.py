@@ -24,9 +24,7 @@ _MIN_JOBS = 2
 
 
 def compare(
-    jobs: Annotated[
-        list[str], typer.Argument(metavar="JOB JOB...", help="FineTuneJobs, the one to compare with first.")
-    ],
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB JOB...", help="Two or more FineTuneJobs.")],
     namespace: NamespaceOption = None,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
@@ -134,7 +132,7 @@ def _shown(value: object) -> str:
 
 
 def best(jobs: list[FineTuneJob]) -> FineTuneJob | None:
-    """Return the job with the lowest held-out loss; None if one is missing or the held-out rows differ."""
+    """Return the job with the lowest held-out loss; None if a loss is missing or the held-out rows differ."""
     losses = [
         job.status.evaluation.loss if job.status.evaluation is not None and job.status.artifact is not None else None
         for job in jobs

@@ -10,7 +10,7 @@ from tunesmith.cli.errors import CliError, Exit
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
-def duration(text: str, option: str) -> timedelta:
+def parse_duration(text: str, option: str) -> timedelta:
     """Return the duration of a text such as `90s`, `30m`, `24h` or `7d`.
 
     Raises:

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """Exit codes of `tunesmith`; `tunesmith run` has the trainer's."""
+    """Exit codes of `tunesmith`; `tunesmith run` uses the trainer's."""
 
     DONE = 0
     FAILED = 1

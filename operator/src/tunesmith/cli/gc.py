@@ -10,7 +10,7 @@ import typer
 
 from tunesmith.cli import garbage
 from tunesmith.cli.connection import connect
-from tunesmith.cli.duration import duration
+from tunesmith.cli.duration import parse_duration
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_table
 from tunesmith.contracts.owner import OWNER_FILE
@@ -31,7 +31,9 @@ def gc(
         ),
     ],
     namespace: NamespaceOption = None,
-    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,  # noqa: FBT002 - typer's convention
+    all_namespaces: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="Resources of every namespace.")
+    ] = False,  # noqa: FBT002 - typer's convention
     older_than: Annotated[
         str, typer.Option("--older-than", help="Keep files written more recently than this: 30m, 24h, 7d.")
     ] = "24h",
@@ -50,7 +52,7 @@ def gc(
 
     Example: tunesmith gc --store s3://tunesmith/store -A --older-than 7d --delete
     """
-    floor = duration(older_than, "--older-than")
+    floor = parse_duration(older_than, "--older-than")
     found, opened = asyncio.run(_find(store, namespace, floor, artifacts=artifacts, everywhere=all_namespaces))
     removable = [leftover for leftover in found if leftover.kept is None]
     failed = _remove(opened, removable) if delete else {}

@@ -42,18 +42,18 @@ def list_(
     print_table(
         ("KIND", "NAME", "STATE", "AGE", "MESSAGE"),
         [(row.kind, f"{row.namespace}/{row.name}", row.state, row.age, row.message) for row in rows],
-        empty=_nothing(kind, home),
+        empty=_empty_message(kind, home),
     )
     if rows:
         note("Next: tunesmith get KIND NAME")
 
 
-def _nothing(kind: Kind | None, namespace: str | None) -> str:
+def _empty_message(kind: Kind | None, namespace: str | None) -> str:
     if kind is Kind.POOL:
         return "no pools that this namespace may use: ask a platform engineer for a ServingPool"
-    what = f"{kind}s" if kind is not None else "jobs, adapters or pools"
+    plural = f"{kind}s" if kind is not None else "jobs, adapters or pools"
     place = f" in {namespace}" if namespace else ""
-    return f"no {what}{place}: `tunesmith submit -f job.yaml` starts a job"
+    return f"no {plural}{place}: `tunesmith submit -f job.yaml` starts a job"
 
 
 async def _read(kind: Kind | None, namespace: str | None, *, everywhere: bool) -> list[ResourceRow]:

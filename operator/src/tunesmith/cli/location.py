@@ -63,4 +63,6 @@ def _waiting(message: str | None) -> None:
 
 
 def _as_cli_error(error: StorageError) -> CliError:
-    return CliError(f"{error} (keys come from the environment, otherwise from the namespace's Secret {STORE_SECRET})")
+    return CliError(
+        f"{error} (keys are read from the environment, otherwise from the namespace's Secret {STORE_SECRET})"
+    )

@@ -26,7 +26,9 @@ def logs(
     follow: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--follow", "-f", help="Follow the newest pod until it stops.")
     ] = False,
-    tail: Annotated[int | None, typer.Option("--tail", min=0, help="Last lines of each pod only; absent: all.")] = None,
+    tail: Annotated[
+        int | None, typer.Option("--tail", min=0, help="Number of last lines to print of each pod; absent: all.")
+    ] = None,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """Print the logs of a job's pods, the oldest pod first: validation, then each attempt.

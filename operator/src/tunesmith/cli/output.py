@@ -33,7 +33,7 @@ FormatOption = Annotated[Format, typer.Option("--output-format", "-o", help="tex
 NamespaceOption = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace; absent: that of the kubeconfig's context.")
 ]
-AllNamespacesOption = Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")]
+AllNamespacesOption = Annotated[bool, typer.Option("--all-namespaces", "-A", help="Resources of every namespace.")]
 
 
 def print_json(document: object) -> None:

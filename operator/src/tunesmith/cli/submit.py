@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def submit(
     filename: Annotated[Path, typer.Option("--filename", "-f", help="The FineTuneJob manifest (YAML or JSON).")],
     namespace: NamespaceOption = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job to its end.")] = False,  # noqa: FBT002 - typer's convention
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job until it finishes.")] = False,  # noqa: FBT002 - typer's convention
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """Apply a FineTuneJob to the cluster. With --watch its exit code is 0 only if the job completes.

@@ -18,7 +18,7 @@ from tunesmith.api.conditions import (
 )
 from tunesmith.cli.connection import connect
 from tunesmith.cli.describe import next_step, summary, waiting
-from tunesmith.cli.duration import duration
+from tunesmith.cli.duration import parse_duration
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.follow import follow
 from tunesmith.cli.kinds import Kind, KindArgument, NameArgument, missing, parse
@@ -51,7 +51,7 @@ def wait(
 
     Example: tunesmith wait adapter support --timeout 10m
     """
-    limit = duration(timeout, "--timeout") if timeout is not None else None
+    limit = parse_duration(timeout, "--timeout") if timeout is not None else None
     try:
         asyncio.run(_wait(kind, name, namespace, limit, output_format))
     except KeyboardInterrupt:

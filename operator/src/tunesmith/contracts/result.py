@@ -132,7 +132,7 @@ class Culpability(IntEnum):
 
 
 def culpability(result: TrainerResult | None) -> Culpability:
-    """Return the culpability of a failed process with this result; None: it left no result."""
+    """Return the culpability of a failed process with this result; None: it has none."""
     if result is None or result.outcome is not Outcome.FAILED:
         return Culpability.SILENT
     if result.lost_peer:

@@ -17,7 +17,7 @@ from tunesmith.controller.progress import ProgressPoller
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.controller.status import StatusWriter
 from tunesmith.finetune import render
-from tunesmith.finetune.nodes import gpu_memory_bytes
+from tunesmith.finetune.gpu_memory import gpu_memory_bytes
 from tunesmith.finetune.observe import (
     COMPONENT_LABEL,
     TRAIN,
@@ -29,7 +29,7 @@ from tunesmith.finetune.observe import (
 )
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, StopJob, plan
 from tunesmith.finetune.quota import quota_shortage
-from tunesmith.finetune.status import reports, without_reports
+from tunesmith.finetune.status import status_events, without_reports
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -109,7 +109,7 @@ class FineTuneJobReconciler:
         await self._statuses.write(
             manifest,
             decision.status,
-            reports=partial(reports, finetunejob.status),
+            events=partial(status_events, finetunejob.status),
             fallback=partial(without_reports, finetunejob.status),
         )
         return Result(decision.requeue_after.total_seconds() if decision.requeue_after is not None else None)

@@ -35,7 +35,7 @@ class StatusWriter:
         manifest: Object,
         status: S,
         *,
-        reports: Callable[[S], Iterable[NewEvent]] = lambda _: (),
+        events: Callable[[S], Iterable[NewEvent]] = lambda _: (),
         fallback: Callable[[S], S] | None = None,
     ) -> bool:
         """Write a status, and an Event for each condition that changed.
@@ -43,7 +43,7 @@ class StatusWriter:
         Args:
             manifest: the resource as observed.
             status: the whole next status.
-            reports: returns the Events about other changes in the written status.
+            events: returns the Events about other changes in the written status.
             fallback: returns the status without values reported by a pod, which must not prevent the write of the rest.
 
         Returns:
@@ -61,7 +61,7 @@ class StatusWriter:
                 raise
             status = fallback(status)
             written = await self._replace(manifest, status.manifest())
-        await self._report(manifest, written, reports(status))
+        await self._report(manifest, written, events(status))
         return True
 
     async def write_unreadable(self, manifest: Object, message: str) -> None:

@@ -54,7 +54,7 @@ class Obstacle:
     reason: Reason
     message: str
     failure: FailureReason | None = None
-    """Set once the pod has waited too long: the attempt has then failed."""
+    """Reason of the failure once the pod has waited too long; None until then."""
     requeue_after: timedelta = _WAITING_REQUEUE
     """Delay until the next check, unless something changes earlier."""
 
@@ -70,9 +70,9 @@ def job_outcome(job: JobView, stage: str) -> JobOutcome:
         (pod for pod in job.members if pod.exit_code not in {None, ExitCode.DONE}), key=_culpability, default=job.pod
     )
     result = pod.result if pod is not None else None
-    found = next((found for member in job.members if (found := eviction_outcome(member, stage)) is not None), None)
-    if found is not None:
-        return found
+    evicted = next((found for member in job.members if (found := eviction_outcome(member, stage)) is not None), None)
+    if evicted is not None:
+        return evicted
     code = pod.exit_code if pod is not None and pod.exit_code is not None else job.exit_code
     if job.disrupted or code == ExitCode.PREEMPTED or (result is not None and result.outcome is Outcome.PREEMPTED):
         return JobOutcome(
@@ -91,7 +91,7 @@ def job_outcome(job: JobView, stage: str) -> JobOutcome:
         return JobOutcome(
             AttemptOutcome.FAILED,
             FailureReason.OUT_OF_MEMORY,
-            "validation needed more memory than its pod has: a row, the chat template's text of a row or a file "
+            "validation needed more memory than its pod has: a row, its text after the chat template or a file "
             "without line breaks is too large; split or remove it, in a new FineTuneJob",
         )
     if pod is not None and pod.out_of_memory:
@@ -145,9 +145,9 @@ def eviction_outcome(pod: PodView, stage: str) -> JobOutcome | None:
 
 
 def _culpability(pod: PodView) -> tuple[Culpability, bool, datetime, int]:
-    """Return the sort key of a failed pod: the lowest one caused the others to fail.
+    """Return the sort key of a failed pod: the pod with the lowest one caused the others to fail.
 
-    A container that ran out of memory cannot report it itself.
+    A container that ran out of memory cannot report that itself.
     """
     rank = Culpability.ROOT_CAUSE if pod.out_of_memory else culpability(pod.result)
     return rank, pod.finished_at is None, pod.finished_at or pod.created, pod.index

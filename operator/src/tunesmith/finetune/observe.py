@@ -64,7 +64,7 @@ class PodView:
 
     @property
     def result(self) -> TrainerResult | None:
-        """The trainer's result; None if there is none, or it cannot be read."""
+        """The trainer's result; None if it is missing or cannot be read."""
         return TrainerResult.parse(self.termination_message)
 
 
@@ -77,18 +77,18 @@ class JobView:
     succeeded: bool = False
     failed: bool = False
     failure_message: str = ""
-    """The Job controller's message; with a rule of the pod failure policy it has the exit code or the disruption."""
+    """The Job controller's message. It names the exit code or the disruption if a rule of the pod failure policy matched."""
     finished_at: datetime | None = None
     size: int = 1
     """Number of pods that it runs at the same time."""
     suspended: bool = False
     """True if a queue holds it back."""
     held_back: str = ""
-    """Kueue's reason for that; empty if it reports none."""
+    """Kueue's reason for holding it back; empty if it reports none."""
     deleting: bool = False
     """True if it was deleted and its pods are terminating."""
     refused: str = ""
-    """Reason why a ResourceQuota leaves no room for its missing pods; empty if none prevents them."""
+    """Reason why a ResourceQuota leaves no room for its missing pods; empty if every quota has room."""
     pods: tuple[PodView, ...] = ()
 
     @property
@@ -104,7 +104,7 @@ class JobView:
 
     @property
     def pod(self) -> PodView | None:
-        """Newest pod of index 0, which reports for all."""
+        """Newest pod of index 0, which reports for all pods of the attempt."""
         return next((pod for pod in self.members if pod.index == 0), None)
 
     @property
@@ -133,7 +133,7 @@ class Observation:
     progress: ProgressStatus | None = None
     """Progress of the running pod."""
     lingering: tuple[str, ...] = ()
-    """Pods of attempts that are still saving although somebody deleted their Job."""
+    """Pods of attempts whose Job was deleted and that are still saving."""
     refusal: Refusal | None = None
     """Refusal of a write that this plan requests."""
 

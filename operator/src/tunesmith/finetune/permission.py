@@ -41,9 +41,9 @@ def forbidden(job: FineTuneJob, store: str, allowed: AllowedScheduling) -> str |
     """
     found = [
         scheduling_violation(job.spec.scheduling, job.spec.resources, allowed),
-        *(_read(where, source.uri, job, store) for where, source in sources(job)),
+        *(_source_violation(where, source.uri, job, store) for where, source in sources(job)),
         *(
-            _written(f"spec.output.exports[{number}].uri", export.uri, store)
+            _export_violation(f"spec.output.exports[{number}].uri", export.uri, store)
             for number, export in enumerate(job.spec.exports)
             if export.uri is not None
         ),
@@ -51,7 +51,7 @@ def forbidden(job: FineTuneJob, store: str, allowed: AllowedScheduling) -> str |
     return "; ".join(sentence for sentence in found if sentence is not None) or None
 
 
-def _read(where: str, uri: str, job: FineTuneJob, store: str) -> str | None:
+def _source_violation(where: str, uri: str, job: FineTuneJob, store: str) -> str | None:
     namespace = job.metadata.namespace
     if not reads_foreign_store(store, namespace, uri):
         return None
@@ -61,7 +61,7 @@ def _read(where: str, uri: str, job: FineTuneJob, store: str) -> str | None:
     )
 
 
-def _written(where: str, uri: str, store: str) -> str | None:
+def _export_violation(where: str, uri: str, store: str) -> str | None:
     if not writes_into_store(store, uri):
         return None
     return (

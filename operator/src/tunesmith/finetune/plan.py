@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_LISTED_ATTEMPTS = 100
 MAX_FRUITLESS_ATTEMPTS = 10
-"""Consecutive attempts, stopped before they train further than the preceding ones, after which the job fails."""
+"""Number of consecutive attempts without progress beyond the highest step so far, after which the job fails."""
 MAX_VALIDATION_PODS = 10
 _VALIDATION_START_TIMEOUT = timedelta(hours=1)
 _PERMISSION_REQUEUE = timedelta(minutes=5)
@@ -114,7 +114,7 @@ def _decide(observation: Observation, status: StatusBuilder, store: str, allowed
 
 
 def _report_refusal(refusal: Refusal, observation: Observation, status: StatusBuilder) -> _Step:
-    """Report the refusal of the step's action. A rule of the cluster never discards training progress."""
+    """Report the refusal of the step's action. Once an attempt exists, it never fails the job: progress is not discarded."""
     if refusal.cause is RefusalCause.INVALID and not status.terminal and not observation.job.status.attempts:
         status.failed(FailureReason.INVALID_SPEC, f"the spec results in an invalid object: {refusal.message}")
         return _Step()
@@ -385,7 +385,7 @@ def _start_next(
         )
         return _Step()
     since, best = _since_progress(attempts)
-    fruitless = since - (best > 0)
+    fruitless = since - (1 if best > 0 else 0)  # the attempt that trained furthest made progress
     if fruitless >= MAX_FRUITLESS_ATTEMPTS and last is not None:
         status.failed(
             FailureReason.NO_PROGRESS,
@@ -421,7 +421,7 @@ def _start_next(
 
 
 def _since_progress(attempts: dict[int, Attempt]) -> tuple[int, int]:
-    """Return the number of attempts since the one that trained furthest, that one included, and the highest step."""
+    """Return the number of attempts from the one that trained furthest to the last one, and the highest step."""
     count, best = 0, 0
     for attempt in attempts.values():
         if attempt.outcome in {AttemptOutcome.RUNNING, AttemptOutcome.SUSPENDED}:

@@ -38,7 +38,7 @@ JOB_FILE = "job.yaml"
 SECRETS_FOLDER = "/etc/tunesmith/secrets"
 USER_ID = 65532
 MASTER_PORT = 29500
-"""Port of the first pod at which the other pods of an attempt join it."""
+"""Port on the first pod of an attempt, to which the other pods connect."""
 GRACE_SECONDS = 120
 """Time for a checkpoint at the end of the current step, and for its upload."""
 VALIDATION_MEMORY = "2Gi"
@@ -291,7 +291,7 @@ def _pod(
                     "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
                     "env": [
                         {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod
-                        # Set even if empty: the keys of the Secret above are variables too, and must not set these.
+                        # Set even if empty, so that keys of the Secret above, which become variables, cannot set them.
                         {"name": LM_EVAL_TASKS, "value": installation.settings.lm_eval_tasks},
                         {"name": ALLOWED_ADDRESSES, "value": ",".join(installation.settings.allowed_addresses)},
                     ],
@@ -365,7 +365,7 @@ def _ownership(job: FineTuneJob, installation: JobInstallation) -> list[str]:
 
 
 def _permissions(installation: JobInstallation) -> list[str]:
-    # An argument, because no key of the Secret with the pod's variables can set it.
+    # An argument, not a variable: a key of the Secret in `envFrom` could set a variable.
     return ["--allow-task-code"] if installation.settings.allow_task_folders else []
 
 

@@ -65,14 +65,14 @@ class StatusBuilder:
         if result is not None:
             self._status.preflight = result.preflight or self._status.preflight
             self._status.resolved = merged(self._status.resolved, result.resolved)
-        flight = self._status.preflight
+        preflight = self._status.preflight
         message = "the data, the base model and the settings are valid"
-        if flight is not None and flight.rows is not None:
+        if preflight is not None and preflight.rows is not None:
             message = (
-                f"{flight.rows} rows to train on, {flight.validation_rows or 0} held out, "
-                f"{flight.dropped_rows or 0} dropped{_memory(flight)}"
+                f"{preflight.rows} rows to train on, {preflight.validation_rows or 0} held out, "
+                f"{preflight.dropped_rows or 0} dropped{_memory(preflight)}"
             )
-            message = "; ".join([message, *(rows.sentence for rows in flight.also_trained or [])])
+            message = "; ".join([message, *(rows.sentence for rows in preflight.also_trained or [])])
         self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.TRUE, FineTuneJobReason.VALID, message)
         self._status.progress = None
 
@@ -100,7 +100,7 @@ class StatusBuilder:
             self.validating(reason, message)
 
     def unblocked(self) -> None:
-        """Report that nothing blocks the removal of a terminal job's last Job any longer."""
+        """Clear the refusal of a write from a terminal job: there is nothing left to remove."""
         started = find(self._status.conditions, FineTuneJobCondition.STARTED)
         if started is not None and started.reason == FineTuneJobReason.WRITE_REFUSED:
             self.waiting(FineTuneJobReason.FINISHED, _NO_ATTEMPT)
@@ -309,24 +309,24 @@ def gpu_seconds(old: FineTuneJobStatus, new: FineTuneJobStatus, gpus: int, now: 
     return round(total, 1)
 
 
-def _memory(counted: Preflight) -> str:
-    """Return a clause on whether the run fits; empty for a job without a GPU."""
-    if counted.estimated_peak_bytes is None or counted.verdict is None:
+def _memory(preflight: Preflight) -> str:
+    """Return a clause on the estimated GPU memory; empty for a job without a GPU."""
+    if preflight.estimated_peak_bytes is None or preflight.verdict is None:
         return ""
-    estimate = f"; about {counted.estimated_peak_bytes / 2**30:.1f} GiB of GPU memory"
-    if counted.gpu_memory_bytes is None:
+    estimate = f"; about {preflight.estimated_peak_bytes / 2**30:.1f} GiB of GPU memory"
+    if preflight.gpu_memory_bytes is None:
         return estimate
-    doubt = f", which may not fit: {counted.suggestion}" if counted.verdict is Verdict.UNKNOWN else ""
-    return f"{estimate} of {counted.gpu_memory_bytes / 2**30:.1f}{doubt}"
+    doubt = f", which may not fit: {preflight.suggestion}" if preflight.verdict is Verdict.UNKNOWN else ""
+    return f"{estimate} of {preflight.gpu_memory_bytes / 2**30:.1f}{doubt}"
 
 
 def summary(status: FineTuneJobStatus) -> tuple[Phase, str | None]:
     """Return the phase, and the reason of the condition from which it is derived."""
     conditions = status.conditions
-    for type_, found in _PHASES:
+    for type_, phase in _PHASES:
         condition = find(conditions, type_)
         if condition is not None and condition.status is ConditionStatus.TRUE:
-            return found, condition.reason
+            return phase, condition.reason
     validated = find(conditions, FineTuneJobCondition.VALIDATED)
     started = find(conditions, FineTuneJobCondition.STARTED)
     waiting = started or validated
@@ -377,7 +377,7 @@ def without_reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJ
     )
 
 
-def reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[NewEvent]:
+def status_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[NewEvent]:
     """Return the Events about changes other than conditions: attempts, stages, rows and suites."""
     counted = new.preflight if old.preflight is None else None
     found = [
@@ -391,9 +391,9 @@ def reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[NewEvent]:
     ]
     known = {attempt.name: attempt.outcome for attempt in old.attempts}
     found += [
-        NewEvent(_OUTCOMES[attempt.outcome], f"{attempt.name}: {attempt.message}", "Warning")
+        NewEvent(_OUTCOME_EVENTS[attempt.outcome], f"{attempt.name}: {attempt.message}", "Warning")
         for attempt in new.attempts
-        if attempt.outcome in _OUTCOMES and known.get(attempt.name) is not attempt.outcome
+        if attempt.outcome in _OUTCOME_EVENTS and known.get(attempt.name) is not attempt.outcome
     ]
     before = old.progress.stage if old.progress is not None else None
     stage = new.progress.stage if new.progress is not None else None
@@ -402,11 +402,11 @@ def reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[NewEvent]:
     return found
 
 
-_OUTCOMES = {
+_OUTCOME_EVENTS = {
     AttemptOutcome.FAILED: EventReason.ATTEMPT_FAILED,
     AttemptOutcome.PREEMPTED: EventReason.ATTEMPT_PREEMPTED,
 }
-"""Outcomes of attempts that get an Event."""
+"""Reason of the Event about an attempt, by outcome; other outcomes get none."""
 
 
 def merged(kept: Resolved | None, new: Resolved | None) -> Resolved | None:

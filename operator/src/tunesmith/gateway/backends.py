@@ -37,7 +37,7 @@ SUSPECT_SECONDS = 1.0
 
 
 class Backend:
-    """A pool's pod, the models it holds and the sequences of this gateway that it generates."""
+    """A pool's pod, the models it holds and the number of sequences that it is generating for this gateway."""
 
     def __init__(self, pod: Pod, keys: Callable[[], Keys], engine_port: int, agent_port: int) -> None:
         host = url_host(pod.address)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 MAX_AHEAD_BYTES = 64 * 1024
-"""Bytes that a client may send before its request is answered; above this, the connection closes after the answer."""
+"""Bytes of further requests that a client may send before the current one is answered; with more, the connection closes
+after the answer."""
 _READ_BYTES = 32 * 1024
 _LINGERING_SECONDS = 5.0
 _SWEEP_SECONDS = 1.0

@@ -379,7 +379,7 @@ def internal() -> ApiError:
     """500: an internal error of the gateway."""
     return ApiError(
         HTTPStatus.INTERNAL_SERVER_ERROR,
-        "The gateway failed to handle the request. Its log has the request id of this answer.",
+        "The gateway failed to handle the request. Its log describes the error under this answer's request id.",
         code="internal_error",
         type_="server_error",
     )

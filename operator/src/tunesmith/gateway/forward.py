@@ -27,7 +27,8 @@ LOG = logging.getLogger(__name__)
 
 NOT_STARTED_HEADER = "x-tunesmith-not-started"
 OTHER_TOKEN = "other_token"  # noqa: S105 - a label in metrics
-"""During a rotation of the installation's key: the pod accepts another of the gateway's tokens, tried immediately."""
+"""Reason during a rotation of the installation's key: the pod refused this token, and the gateway's other token is tried
+immediately."""
 _JSON = "application/json"
 _EVENT_STREAM = "text/event-stream"
 _MAX_RETRY_AFTER_DIGITS = 6

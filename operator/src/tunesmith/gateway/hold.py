@@ -1,4 +1,4 @@
-"""Selection of a pod for a call; a call waits while no usable pod holds its model."""
+"""Selection of a pod for a call, which waits while no usable pod holds its model."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ class Limits(BaseModel):
     max_connections_per_address: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxConnectionsPerAddress")] = 0
     """Number of open connections of one client address; 0: half of --max-connections."""
     header_seconds: Annotated[_Seconds, ChartValue("gateway.limits.headerSeconds")] = 15
-    """Seconds for the header of a request, from the connection or the header's first byte on."""
+    """Seconds in which the header of a request must arrive, from the start of the connection or the header's first
+    byte."""
     body_seconds: Annotated[_Seconds, ChartValue("gateway.limits.bodySeconds")] = 120
     """Seconds for the body of a request."""
     write_seconds: Annotated[_Seconds, ChartValue("gateway.limits.writeSeconds")] = 60
@@ -65,7 +66,7 @@ class Limits(BaseModel):
     """Seconds between the comments that keep a silent stream open."""
 
     def for_memory(self, memory: int) -> Self:
-        """Return the limits, those that are 0 replaced by values for the container's memory limit in bytes."""
+        """Return the limits, with each 0 replaced by a value derived from the container's memory limit in bytes."""
         in_flight = self.max_in_flight_bytes or int(memory * _IN_FLIGHT_SHARE)
         connections = self.max_connections or max(64, min(65_536, memory // _BYTES_PER_CONNECTION))
         return self.model_copy(

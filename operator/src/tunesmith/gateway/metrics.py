@@ -28,7 +28,7 @@ _PRUNE_INTERVAL = 256
 
 
 RUNNING = GaugeMetricFamily(
-    "tunesmith_gateway_sequences_running", "Sequences that pods generate now.", labels=["model"]
+    "tunesmith_gateway_sequences_running", "Sequences that pods are generating.", labels=["model"]
 )
 WAITING = GaugeMetricFamily("tunesmith_gateway_sequences_waiting", "Sequences that wait for a pod.", labels=["model"])
 REQUESTS = CounterMetricFamily(

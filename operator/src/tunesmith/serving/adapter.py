@@ -23,7 +23,7 @@ from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
-from tunesmith.serving.source import Artifact, Unresolved, reference, short
+from tunesmith.serving.resolve import Artifact, Unresolved, reference, short
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,9 +43,9 @@ _IN_PROGRESS = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
 class AdapterObservation:
     """Observed state from which an AdapterDeployment's status is computed.
 
-    `lost_to`: the older claim on the model name. `pods`: pods of the chosen pool, or of the one that keeps serving.
-    `unplaced`: reason why copies have no slot, by engine name. `decision`: the desired copies. `unknown_demand`: reason
-    why the demand is not completely known, None if it is.
+    `lost_to`: older claim that holds the model name, None if this adapter holds it. `pods`: pods of the chosen pool, or
+    of the one that keeps serving. `unplaced`: reason why copies have no slot, by engine name. `decision`: number of
+    desired copies. `unknown_demand`: reason why the demand is not completely known, None if it is.
     """
 
     artifact: Artifact | Unresolved
@@ -136,15 +136,15 @@ def _revisions(adapter: AdapterDeployment, observation: AdapterObservation) -> l
             engine_name=engine_name(namespace, model_name, observation.artifact.digest),
             state=RevisionState.PENDING,
         )
-        before = next((revision for revision in known if revision.engine_name == newest.engine_name), None)
-        if before is not None and before.state is RevisionState.FAILED and _is_unchanged(adapter, observation.pool):
-            newest = before.model_copy(update={"uri": newest.uri})
+        previous = next((revision for revision in known if revision.engine_name == newest.engine_name), None)
+        if previous is not None and previous.state is RevisionState.FAILED and _is_unchanged(adapter, observation.pool):
+            newest = previous.model_copy(update={"uri": newest.uri})
         known = [newest, *(revision for revision in known if revision.engine_name != newest.engine_name)]
     observed = [_observed(revision, observation) for revision in known]
     if not observed:
         return []
     newest, older = observed[0], observed[1:]
-    if _settled(newest, observation):
+    if _is_settled(newest, observation):
         return [newest]
     # Of the older revisions keep only serving ones; those that were resident a moment ago may serve again.
     serving = [revision for revision in older if revision.ready_replicas > 0] or [
@@ -159,7 +159,8 @@ def _is_unchanged(adapter: AdapterDeployment, pool: ServingPool) -> bool:
     return status.observed_generation == adapter.metadata.generation and status.pool == reference(pool)
 
 
-def _settled(revision: Revision, observation: AdapterObservation) -> bool:
+def _is_settled(revision: Revision, observation: AdapterObservation) -> bool:
+    """Return True if as many ready pods as desired hold the revision, or all pods that answer."""
     answering = sum(1 for pod in observation.pods if pod.answering)
     return revision.ready_replicas >= max(1, min(observation.decision.replicas, answering))
 

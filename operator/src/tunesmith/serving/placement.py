@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 class DesiredRevision:
     """A revision and the number of pods that should hold it.
 
-    `spare`: it could not be loaded. It is retried if a slot is free, and never takes one from another revision.
+    `best_effort`: True if it could not be loaded. It is retried if a slot is free, and never takes one from another
+    revision.
     """
 
     revision: str
     copies: int
-    spare: bool = False
+    best_effort: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class Placement:
     """The complete assignment of revisions to pods.
 
     `pods`: sorted revisions by pod; every pod has an entry. `targets`: the final pods of each revision; its other
-    holders in `pods` keep it until it is resident on these. `unplaced`: copies without a slot. `spare`: revisions in
-    slots that are otherwise free.
+    holders in `pods` keep it until it is resident on these. `unplaced`: copies without a slot.
+    `best_effort`: revisions that only get slots that are otherwise free.
     """
 
     pods: Mapping[str, tuple[str, ...]]
     targets: Mapping[str, frozenset[str]]
     unplaced: tuple[Unplaced, ...] = ()
-    spare: frozenset[str] = frozenset()
+    best_effort: frozenset[str] = frozenset()
 
     def unplaced_reason(self, revision: str) -> str | None:
         """Return the reason why copies of the revision have no slot; None if all have one."""
@@ -110,7 +111,8 @@ def place(
         An assignment in which no pod has more than `slots` revisions or the same revision twice.
     """
     all_pods = sorted(pods, key=lambda pod: (pod.age_rank, pod.name))
-    spare, desired = [item for item in desired if item.spare], [item for item in desired if not item.spare]
+    best_effort = [item for item in desired if item.best_effort]
+    desired = [item for item in desired if not item.best_effort]
     staying = [pod for pod in all_pods if not pod.victim]
     names = {item.revision for item in desired}
     assignment = _Assignment(
@@ -123,9 +125,9 @@ def place(
     for copy in range(max((item.copies for item in desired), default=0)):
         requesting = [item.revision for item in desired if item.copies > copy]
         # First keep existing copies, then assign the missing ones, so that no copy loses its slot to a new one.
-        missing = [revision for revision in requesting if not _keep(assignment, revision)]
+        missing = [revision for revision in requesting if not _keep_copy(assignment, revision)]
         for revision in missing:
-            _fill(assignment, revision)
+            _assign_new_copy(assignment, revision)
     if spread:
         _even_out(assignment)
     assigned = {
@@ -133,12 +135,12 @@ def place(
     }
     _keep_answering(desired, all_pods, assignment, assigned)
     _cover_unready(desired, all_pods, slots, assigned)
-    _fill_spare_slots(spare, staying, slots, assigned)
+    _place_best_effort(best_effort, staying, slots, assigned)
     return Placement(
         pods={name: tuple(sorted(revisions)) for name, revisions in assigned.items()},
         targets={revision: frozenset(names) for revision, names in assignment.targets.items()},
         unplaced=tuple(_unplaced(desired, staying, assignment)),
-        spare=frozenset(item.revision for item in spare),
+        best_effort=frozenset(item.revision for item in best_effort),
     )
 
 
@@ -158,12 +160,13 @@ def victims(pods: Iterable[PlacementPod], desired_pods: int, copies: Mapping[str
     return frozenset(pod.name for pod in ranked[: max(0, len(ranked) - desired_pods)])
 
 
-def evacuated(placement: Placement, pods: Iterable[PlacementPod]) -> bool:
+def is_evacuated(placement: Placement, pods: Iterable[PlacementPod]) -> bool:
     """Return True if no victim holds a revision that is not yet resident on its target pods."""
     return not any(placement.pods.get(pod.name) for pod in pods if pod.victim)
 
 
-def _keep(assignment: _Assignment, revision: str) -> bool:
+def _keep_copy(assignment: _Assignment, revision: str) -> bool:
+    """Assign the revision to a pod that already has it; return False if there is none."""
     current = [pod for pod in assignment.pods_with_slot_for(revision) if revision in pod.present]
     if not current:
         return False
@@ -177,10 +180,10 @@ def _keep(assignment: _Assignment, revision: str) -> bool:
     return True
 
 
-def _fill(assignment: _Assignment, revision: str) -> bool:
+def _assign_new_copy(assignment: _Assignment, revision: str) -> None:
     candidates = assignment.pods_with_slot_for(revision)
     if not candidates:
-        return False
+        return
 
     def preference(pod: PlacementPod) -> tuple[bool, bool, int, str]:
         displaces = assignment.load[pod.name] + assignment.reserved[pod.name] >= assignment.slots
@@ -192,7 +195,6 @@ def _fill(assignment: _Assignment, revision: str) -> bool:
         )
 
     assignment.assign(revision, min(candidates, key=preference))
-    return True
 
 
 def _even_out(assignment: _Assignment) -> None:
@@ -225,13 +227,13 @@ def _keep_answering(
         answering = sum(
             1 for pod in pods if pod.name in targets and pod.ready and pod.reachable and item.revision in pod.resident
         )
-        spare = [
+        other_holders = [
             pod
             for pod in pods
             if pod.name not in targets and item.revision in pod.resident and len(assigned[pod.name]) < assignment.slots
         ]
-        spare.sort(key=lambda pod: (not pod.ready, pod.victim, pod.age_rank, pod.name))
-        for pod in spare[: max(0, len(targets) - answering)]:
+        other_holders.sort(key=lambda pod: (not pod.ready, pod.victim, pod.age_rank, pod.name))
+        for pod in other_holders[: max(0, len(targets) - answering)]:
             assigned[pod.name].add(item.revision)
 
 
@@ -250,11 +252,11 @@ def _cover_unready(
             assigned[pod.name].add(item.revision)
 
 
-def _fill_spare_slots(
-    spare: Sequence[DesiredRevision], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
+def _place_best_effort(
+    best_effort: Sequence[DesiredRevision], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
 ) -> None:
     """Assign free slots to revisions that could not be loaded, preferably on the pods where they are."""
-    for item in spare:
+    for item in best_effort:
         free = [pod for pod in pods if len(assigned[pod.name]) < slots]
         if free:
             pod = min(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 READINESS_GATE = "tunesmith.dev/adapters"
 TEMPLATE_ANNOTATION = "tunesmith.dev/template"
-"""Digest of the template of a pod; the Deployment has that of its current template."""
+"""Annotation of a pod with the digest of its template, and of a Deployment with that of its current template."""
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 BASE_MODEL_CONTAINER = "base-model"
 AGENT_CONTAINER = "agent"
@@ -33,9 +33,9 @@ _CONTAINER_PROBLEMS = {
     ENGINE_CONTAINER: (ServingPoolReason.ENGINE_FAILED, "the engine stopped"),
 }
 _SILENT_AGENT_SECONDS = 5.0
-"""Time without a line after which a running agent is reported."""
+"""Time without a line on its stream after which a running agent is reported as a problem."""
 _AGENT_START_SECONDS = 20.0
-"""Time that a new container may take to start its agent, and the network to learn its address."""
+"""Time after the start of an agent's container in which the agent need not be reachable yet."""
 _MIN_RESTARTS = 3
 _RECENT = timedelta(minutes=10)
 """Time for which a container has to run until the kubelet resets its restart back-off."""
@@ -43,7 +43,7 @@ _RECENT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Problem:
-    """A sentence about a pod's problem."""
+    """Problem of a pod: its reason, and a sentence."""
 
     reason: ServingPoolReason
     message: str
@@ -51,7 +51,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Restarts:
-    """Earlier terminations of a container that is running. `last`: the newest one."""
+    """Restarts of a container that is running again. `last`: time of its latest termination."""
 
     problem: Problem
     count: int
@@ -141,7 +141,7 @@ def observe_pod(
     silent_seconds: float | None = None,
     stream_error: str = "",
 ) -> PoolPod:
-    """Return the pod of a manifest, with its agent's reports."""
+    """Return the observed state of a pod, from its manifest and its agent's reports."""
     metadata, status = manifest["metadata"], manifest.get("status") or {}
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     gate = conditions.get(READINESS_GATE)
@@ -158,7 +158,7 @@ def observe_pod(
         deletion_cost=annotations.get(DELETION_COST),
         stopping=bool(metadata.get("deletionTimestamp")) or is_finished,
         problem=_finished_pod_problem(status) if is_finished else next(_problems(status, conditions), None),
-        failed_at=_newest_change(status) if is_finished and not metadata.get("deletionTimestamp") else None,
+        failed_at=_latest_change(status) if is_finished and not metadata.get("deletionTimestamp") else None,
         restarts=next(_restarts(status), None),
         agent_since=_running_since(status, AGENT_CONTAINER, metadata["creationTimestamp"]),
         template=annotations.get(TEMPLATE_ANNOTATION),
@@ -250,7 +250,7 @@ def _finished_pod_problem(status: Mapping[str, Any]) -> Problem | None:
     return Problem(ServingPoolReason.POD_FAILED, f"it finished ({one_line(reason, 64)}): {_truncated(message)}")
 
 
-def _newest_change(status: Mapping[str, Any]) -> datetime | None:
+def _latest_change(status: Mapping[str, Any]) -> datetime | None:
     times = [_time(condition.get("lastTransitionTime")) for condition in status.get("conditions") or ()]
     times += [
         _time(((container.get("state") or {}).get("terminated") or {}).get("finishedAt"))
@@ -298,8 +298,8 @@ def _is_up(container: Mapping[str, Any]) -> bool:
 def _termination(container: Mapping[str, Any]) -> Problem | None:
     """Return the container's latest termination as a problem; None if there is none, or it is expected."""
     name = container["name"]
-    for where in ("state", "lastState"):
-        terminated = (container.get(where) or {}).get("terminated")
+    for field in ("state", "lastState"):
+        terminated = (container.get(field) or {}).get("terminated")
         if not terminated or (name == BASE_MODEL_CONTAINER and terminated.get("exitCode", 0) == 0):
             continue
         cause = (
@@ -307,13 +307,13 @@ def _termination(container: Mapping[str, Any]) -> Problem | None:
         )
         count = container.get("restartCount", 0)
         restarts = f", restarted {count} time{'' if count == 1 else 's'}" if count else ""
-        text = _last_line(terminated.get("message") or "")
-        kind, what = _CONTAINER_PROBLEMS.get(name, (ServingPoolReason.ENGINE_FAILED, f"container {name} stopped"))
-        return Problem(kind, f"{what} ({cause}{restarts}){f': {text}' if text else ''}")
+        text = _termination_sentence(terminated.get("message") or "")
+        reason, summary = _CONTAINER_PROBLEMS.get(name, (ServingPoolReason.ENGINE_FAILED, f"container {name} stopped"))
+        return Problem(reason, f"{summary} ({cause}{restarts}){f': {text}' if text else ''}")
     return None
 
 
-def _last_line(message: str) -> str:
+def _termination_sentence(message: str) -> str:
     """Return the sentence in a termination message: `message` of a JSON object, or the last line of a log."""
     text = message.strip()
     try:

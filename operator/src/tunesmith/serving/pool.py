@@ -15,7 +15,7 @@ from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
 from tunesmith.serving.adapter import desired_copies
-from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, evacuated, place, victims
+from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, is_evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
 from tunesmith.serving.rolling import Rollout, RolloutHold, interruption
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 
 _VICTIM_COST = -1000
 _FINGERPRINT = re.compile(r"[a-z0-9]+:[0-9a-zA-Z]{1,96}")
-_LOADING_BESIDE_OTHERS = timedelta(minutes=5)
-_LOADING_ALONE = timedelta(seconds=30)
+_MAX_WAIT_WITH_OTHERS = timedelta(minutes=5)
+"""Time after which a pod gets requests although an adapter is still being loaded, while other pods serve."""
+_MAX_WAIT_ALONE = timedelta(seconds=30)
+"""The same time if no other pod serves."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class PoolPlan:
     status: ServingPoolStatus
 
 
-class PlacementMemory:
+class PlacementCache:
     """Cache of the latest placement of a pool and its input.
 
     Decisions remain functions of their input; the cache only avoids computing them again for equal input.
@@ -137,18 +139,19 @@ class PlacementMemory:
 
 
 def plan(
-    pool: ServingPool, observation: PoolObservation, now: datetime, memory: PlacementMemory | None = None
+    pool: ServingPool, observation: PoolObservation, now: datetime, cache: PlacementCache | None = None
 ) -> PoolPlan:
-    """Return all decisions about a pool. `memory`: cache of earlier calls for the pool."""
+    """Return all decisions about a pool. `cache`: cache of earlier calls for the pool."""
     living = [pod for pod in observation.pods if not pod.stopping]
-    placement, leaving, assigned = (memory or PlacementMemory()).place(pool, observation, living)
+    placement, leaving, assigned = (cache or PlacementCache()).place(pool, observation, living)
     costs = {pod.name: _VICTIM_COST if pod.name in leaving else 0 for pod in living}
     current = _replicas(observation.deployment)
     is_marked = all(_is_marked(pod) for pod in living if pod.name in leaving)
-    is_empty = evacuated(
+    is_empty = is_evacuated(
         placement, [PlacementPod(pod.name, ready=pod.ready, victim=pod.name in leaving) for pod in living]
     )
-    # The Deployment's controller removes an outdated pod once a new one is ready.
+    # During an update a new pod becomes ready only when outdated pods can be spared: the Deployment's controller then
+    # removes one.
     may_open = not observation.rollout.outdated or _is_covered(placement, living, leaving)
     shrinks = current is not None and observation.decision.replicas < current
     replicas = (
@@ -179,7 +182,7 @@ def _desired_revisions(adapters: Sequence[AdapterDeployment]) -> tuple[dict[str,
             if revision.engine_name not in revisions and revision.uri is not None:
                 revisions[revision.engine_name] = revision
                 desired.append(
-                    DesiredRevision(revision.engine_name, copies, spare=revision.state is RevisionState.FAILED)
+                    DesiredRevision(revision.engine_name, copies, best_effort=revision.state is RevisionState.FAILED)
                 )
     return revisions, desired
 
@@ -208,20 +211,20 @@ def _placement(
     draining = frozenset(pod.name for pod in living if _drains(pod))
     slots = pool.spec.engine.max_loras
     candidates = pods(draining)
-    before = place(desired, candidates, slots)
+    undisturbed = place(desired, candidates, slots)
     marked = {pod.name for pod in living if _is_marked(pod)}
     # Prefer pods that were chosen before, so that consecutive passes remove the same pods.
-    counts = {name: -1 if name in marked else len(keys) for name, keys in before.pods.items()}
+    counts = {name: -1 if name in marked else len(keys) for name, keys in undisturbed.pods.items()}
     staying = [pod for pod in candidates if not pod.victim]
     leaving = draining | victims(staying, observation.decision.replicas, counts)
     placement = place(desired, pods(leaving), slots, spread=observation.spread)
-    following = _next_to_be_replaced(observation, staying, leaving, counts)
-    if following is None:
+    next_pod = _next_to_be_replaced(observation, staying, leaving, counts)
+    if next_pod is None:
         return placement, leaving
     # Without a surge pod, the next pod is emptied while the previous one's replacement starts, if others have slots.
-    ahead = place(desired, pods(leaving | {following}), slots, spread=observation.spread)
-    fits = sum(entry.copies for entry in ahead.unplaced) <= sum(entry.copies for entry in placement.unplaced)
-    return (ahead, leaving | {following}) if fits else (placement, leaving)
+    with_next = place(desired, pods(leaving | {next_pod}), slots, spread=observation.spread)
+    fits = sum(entry.copies for entry in with_next.unplaced) <= sum(entry.copies for entry in placement.unplaced)
+    return (with_next, leaving | {next_pod}) if fits else (placement, leaving)
 
 
 def _next_to_be_replaced(
@@ -255,7 +258,7 @@ def _replicas(deployment: Mapping[str, Any] | None) -> int | None:
 
 def _awaited(assigned: Sequence[DesiredAdapter], placement: Placement) -> list[DesiredAdapter]:
     """Return the adapters that a pod must load before it gets requests."""
-    return [adapter for adapter in assigned if adapter.engine_name not in placement.spare]
+    return [adapter for adapter in assigned if adapter.engine_name not in placement.best_effort]
 
 
 def _gate(
@@ -275,9 +278,9 @@ def _gate(
         return True
     others = [other for other in living if other is not pod and other.serving]
     since = pod.containers_ready_since
-    if since is not None and now - since >= (_LOADING_BESIDE_OTHERS if others else _LOADING_ALONE):
+    if since is not None and now - since >= (_MAX_WAIT_WITH_OTHERS if others else _MAX_WAIT_ALONE):
         return True
-    return may_open and all(_settled(pod, adapter, others) for adapter in assigned)
+    return may_open and all(_needs_no_wait(pod, adapter, others) for adapter in assigned)
 
 
 def _is_covered(placement: Placement, living: Sequence[PoolPod], leaving: frozenset[str]) -> bool:
@@ -287,8 +290,8 @@ def _is_covered(placement: Placement, living: Sequence[PoolPod], leaving: frozen
     return all(any(key in pod.resident for pod in staying) for key in kept)
 
 
-def _settled(pod: PoolPod, adapter: DesiredAdapter, others: Sequence[PoolPod]) -> bool:
-    """Return True if waiting for the adapter is useless: it is resident, or it failed and no other pod has it."""
+def _needs_no_wait(pod: PoolPod, adapter: DesiredAdapter, others: Sequence[PoolPod]) -> bool:
+    """Return True if the adapter is resident, or failed on this pod and is resident on no other."""
     entry = pod.residency(adapter.engine_name)
     if entry is None:
         return False
@@ -301,7 +304,7 @@ def _status(
     pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod], placement: Placement, now: datetime
 ) -> ServingPoolStatus:
     ready = sum(1 for pod in living if pod.serving)
-    used = sum(len(frozenset(keys) - placement.spare) for keys in placement.pods.values())
+    used = sum(len(frozenset(keys) - placement.best_effort) for keys in placement.pods.values())
     fingerprint, differing = _fingerprint(pool, living)
     problem = _first_problem(observation, living, ready, now)
     conditions = {
@@ -418,7 +421,7 @@ def _degraded(
 def _taken(pool: ServingPool, by: ModelNameClaim | None) -> str | None:
     if by is None:
         return None
-    return f"the model name {pool.model} belongs to {by.holder}, which is older: the base cannot be called under it"
+    return f"the model name {pool.model} belongs to {by.holder}, which is older: the base model cannot be called by this name"
 
 
 def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod]) -> _ConditionState:
@@ -433,8 +436,8 @@ def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[P
             pool, living, frozenset(pod.name for pod in living), observation.max_surge, observation.running
         )
         message = (
-            f"this release of the installation replaces the pods: {observation.hold.message}. When the replacement "
-            f"begins, {impact}"
+            f"the installation changed, and the pods have to be replaced: {observation.hold.message}. When the "
+            f"replacement begins, {impact}"
         )
         return _FALSE, reason, message
     if rollout.change is not None:

@@ -31,4 +31,5 @@ class PoolView:
 
 
 def _facts(pod: PoolPod) -> tuple[object, ...]:
+    """Return the properties of a pod that affect every adapter of its pool."""
     return pod.uid, pod.ready, pod.stopping, pod.is_reporting, pod.answering

@@ -47,19 +47,19 @@ _RUN = str(AGENT_STATE_FOLDER)
 _ENGINE_KEYS = "/etc/tunesmith/engine"
 _ADMIN_TOKEN_FILE = str(AGENT_STATE_FOLDER / ADMIN_TOKEN)
 _SECRETS = "/etc/tunesmith/secrets"
-_LOGS = 2**30
-"""Storage for data that a container writes outside its volumes, such as its log."""
+_LOG_STORAGE = 2**30
+"""Bytes of storage for data that a container writes outside its volumes, such as its log."""
 _RUN_SIZE = 256 * 2**20
 _TEMPORARY_SIZE = 2**30
 _ENGINE_TEMPORARY_SIZE = 20 * 2**30
-"""Storage for the engine's compiled kernels and caches."""
+"""Bytes of storage for the engine's compiled kernels and caches."""
 _REQUESTED_STORAGE = "256Mi"
 _DRAIN_MARGIN_SECONDS = 30
 _START_SECONDS = 3600
 _PROBE_SECONDS = 5
 _CPU_TIMEOUTS = ["--hang-seconds", "120", "--stall-seconds", "60"]
-"""Agent arguments for the time without a token that an engine on CPUs may need: while another engine was starting on
-the same cores, one was measured to generate none for more than 30 s."""
+"""Agent arguments that allow an engine on CPUs more time between tokens: while another engine started on the same
+cores, one generated none for more than 30 s."""
 # The kubelet's HTTP hooks cannot send a token from a file, so the engine's container calls its agent with the token
 # that both share: the pool's control key is not in the engine's container.
 _DRAIN = (
@@ -120,7 +120,7 @@ def reserved(pool: ServingPool) -> str | None:
         return " ".join(arguments)
     variables = sorted({variable.name for variable in pool.spec.engine.env or () if reserved_variable(variable.name)})
     if variables:
-        return f"engine.env must not hold {', '.join(variables)}: the pool sets or guards them; remove them"
+        return f"engine.env must not hold {', '.join(variables)}: the pool sets or reserves them; remove them"
     return None
 
 
@@ -231,8 +231,8 @@ def _base_model(pool: ServingPool, settings: PoolSettings) -> Manifest:
     arguments = ["fetch-base", "--uri", source.uri, "--target", _BASE, "--fingerprint-file", _FINGERPRINT]
     if source.revision is not None:
         arguments += ["--revision", source.revision]
-    own = source.secret_ref
-    volume, secret = ("store-secret", STORE_SECRET) if own is None else ("base-model-secret", own.name)
+    reference = source.secret_ref
+    volume, secret = ("store-secret", STORE_SECRET) if reference is None else ("base-model-secret", reference.name)
     folder = f"{_SECRETS}/{secret}"  # contains the Secret's name, for messages
     arguments += ["--secret", folder, "--storage", str(_bytes(settings.base_model_storage))]
     mounts = [
@@ -242,7 +242,7 @@ def _base_model(pool: ServingPool, settings: PoolSettings) -> Manifest:
     ]
     return {
         "name": BASE_MODEL_CONTAINER,
-        **_small(settings, _volume_sizes(pool, settings)["models"] + _TEMPORARY_SIZE),
+        **_agent_image_fields(settings, _volume_sizes(pool, settings)["models"] + _TEMPORARY_SIZE),
         "command": ["tunesmith-agent"],
         "args": arguments,
         "volumeMounts": mounts,
@@ -255,7 +255,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
     return {
         "name": AGENT_CONTAINER,
         "restartPolicy": "Always",
-        **_small(settings, _volume_sizes(pool, settings)["adapters"] + _RUN_SIZE + _TEMPORARY_SIZE),
+        **_agent_image_fields(settings, _volume_sizes(pool, settings)["adapters"] + _RUN_SIZE + _TEMPORARY_SIZE),
         "command": ["tunesmith-agent"],
         "args": [
             "serve",
@@ -276,7 +276,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "--drain-seconds", str(pool.spec.drain_seconds),
             *([] if pool.spec.resources.gpus else _CPU_TIMEOUTS),
         ],
-        "env": [*_small_variables(settings), _POD_UID],
+        "env": [*_agent_image_variables(settings), _POD_UID],
         "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
         "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 120},
         "livenessProbe": {**probe, "periodSeconds": 10, "failureThreshold": 6},
@@ -394,22 +394,22 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
     ]
 
 
-def _small(settings: PoolSettings, storage: int) -> Manifest:
+def _agent_image_fields(settings: PoolSettings, storage: int) -> Manifest:
     """Return the fields common to both containers of the agent's image; `storage`: bytes of their volumes."""
     return {
         "image": settings.agent_image,
         "imagePullPolicy": settings.image_pull_policy,
-        "env": _small_variables(settings),
+        "env": _agent_image_variables(settings),
         "resources": {
             "requests": {"cpu": "50m", "memory": "256Mi", "ephemeral-storage": _REQUESTED_STORAGE},
-            "limits": {"memory": "1Gi", "ephemeral-storage": str(storage + _LOGS)},
+            "limits": {"memory": "1Gi", "ephemeral-storage": str(storage + _LOG_STORAGE)},
         },
         "securityContext": _restricted(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
 
 
-def _small_variables(settings: PoolSettings) -> list[Manifest]:
+def _agent_image_variables(settings: PoolSettings) -> list[Manifest]:
     return [
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of its own
         {"name": ALLOWED_ADDRESSES, "value": ",".join(settings.allowed_addresses)},
@@ -422,7 +422,7 @@ def _engine_storage(pool: ServingPool, settings: PoolSettings) -> str:
     The kubelet compares the size of the pod's volumes with the sum of all containers' limits.
     """
     sizes = _volume_sizes(pool, settings)
-    return str(sizes["tmp-engine"] + sizes.get("models", 0) + _LOGS)
+    return str(sizes["tmp-engine"] + sizes.get("models", 0) + _LOG_STORAGE)
 
 
 def _restricted() -> Manifest:

@@ -15,13 +15,13 @@ class PoolSettings(WorkloadSettings):
     agent_image: Annotated[str, ChartValue("images.agent", 'include "tunesmith.image" (list . "agent")')]
     """Image of the agent in pool pods."""
     engine_image: Annotated[str, ChartValue("images.engine", 'include "tunesmith.image" (list . "engine")')]
-    """vLLM image of pools that name none."""
+    """vLLM image of pools without `engine.image`."""
     adapter_storage: Annotated[StorageSize, ChartValue("serving.adapterStorage")] = "20Gi"
-    """Disk of its node that the adapters of a pool pod may take, in Mi or Gi."""
+    """Disk space that the adapters of a pool pod may use on its node, in Mi or Gi."""
     base_model_storage: Annotated[StorageSize, ChartValue("serving.baseModelStorage")] = "500Gi"
-    """Disk of its node that the downloaded base model of a pool pod may take, in Mi or Gi."""
+    """Disk space that the downloaded base model of a pool pod may use on its node, in Mi or Gi."""
     max_adapter_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False), ChartValue("serving.maxAdapterRatio")] = (
         DEFAULT_MAX_ADAPTER_RATIO
     )
-    """Highest norm of an adapter's change of a module, relative to that of the base's weights; adapters above it are
-    refused."""
+    """Highest norm of an adapter's change to the weights of a module, relative to the norm of these weights; adapters
+    above it are refused."""

@@ -126,7 +126,7 @@ def attempt(
         except Exception as error:  # every library has its own exceptions; they are translated here
             refused = access.refusal(error)
             if refused is not None:
-                failure: StorageError = AccessDeniedError(f"{server} leads to {refused.explanation}")
+                failure: StorageError = AccessDeniedError(f"{server} resolves to {refused.explanation}")
             else:
                 failure = error if isinstance(error, StorageError) else diagnosis(error, tries)
             pause = next(pauses, None) if isinstance(failure, UnavailableError) else None
@@ -587,8 +587,8 @@ class Folder:
         if self._root is not None and not Path(path).resolve().is_relative_to(self._root.resolve()):
             raise self._access.failure(
                 AccessDeniedError(
-                    f"{self._where()}: {Path(path).name} leads out of the claim: put what it links to into the claim"
-                    " itself"
+                    f"{self._where()}: {Path(path).name} is outside of the claim through a symbolic link: copy the"
+                    " linked files into the claim"
                 )
             )
 
@@ -598,7 +598,7 @@ class Folder:
         for path in found:
             if not {".", ".."}.isdisjoint(path.split("/")):
                 raise AccessDeniedError(
-                    f"{self._where()}: the store lists {path!r}, which leads out of the folder: remove it, or"
+                    f"{self._where()}: the store lists {path!r}, which is outside of the folder: remove it, or"
                     " use another folder"
                 )
         return found

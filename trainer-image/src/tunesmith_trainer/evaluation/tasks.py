@@ -185,7 +185,7 @@ class _TaskPart:
         metrics, options, members = (self.config.get(key) for key in ("metric_list", "dataset_kwargs", "task"))
         if any(part.config is self.config for part in self.around):
             chain = list_names([part.name for part in (*self.around, self)])
-            return f"it is a member of itself ({chain}): remove the name that leads back to it from the list task"
+            return f"it is a member of itself ({chain}): remove the name that refers back to it from the list task"
         if metrics is not None and not _is_list_of(metrics, dict):
             return "metric_list must be a list of mappings: write each metric as - {metric: acc}"
         if options is not None and not isinstance(options, dict):

@@ -32,7 +32,7 @@ def create(path: Path) -> mmap.mmap:
 
 
 def overdue(slot: mmap.mmap) -> str | None:
-    """Return what the watched process has been doing for longer than allowed; None if nothing is overdue."""
+    """Return the description of work that exceeds its time limit; None if there is no such work."""
     deadline, size = _HEAD.unpack_from(slot)
     if not deadline or time.monotonic() < deadline:
         return None
@@ -40,18 +40,18 @@ def overdue(slot: mmap.mmap) -> str | None:
 
 
 @contextmanager
-def limited(what: str, seconds: float = 60.0) -> Iterator[None]:
+def limited(description: str, seconds: float = 60.0) -> Iterator[None]:
     """Announce work with a time limit to the watching process; do nothing if no process watches.
 
     Args:
-        what: description of the work, for the message when it exceeds the limit.
+        description: description of the work, for the message when it exceeds the limit.
         seconds: time limit, in seconds of wall-clock time.
     """
     slot = _slot()
     if slot is None:
         yield
         return
-    text = what.encode("utf-8", "replace")[: _SIZE - _HEAD.size]
+    text = description.encode("utf-8", "replace")[: _SIZE - _HEAD.size]
     previous = slot[: _HEAD.size + _HEAD.unpack_from(slot)[1]]
     slot[: _HEAD.size + len(text)] = _HEAD.pack(time.monotonic() + seconds, len(text)) + text
     try:

@@ -1,7 +1,8 @@
 """Run the ranks of a pod that has several GPUs, each in its own process, and return one result for all.
 
-Not torchrun: it restarts ranks itself and reports one exit code. Here the operator starts the attempts and needs the
-result of the rank that caused the failure; that rank must also receive SIGTERM only once, to save a checkpoint.
+torchrun is not used, because it restarts ranks itself and reports only an exit code. The operator starts the attempts,
+and needs the result of the rank that caused the failure. Each rank must also receive SIGTERM only once, so that it can
+save a checkpoint.
 """
 
 from __future__ import annotations
@@ -101,13 +102,13 @@ def launch(
     return _decisive_result(running)
 
 
-def die_with_parent() -> None:
+def die_with_launcher() -> None:
     """Have this process killed when its launcher exits: an orphaned rank would write to the next run's folders."""
     if os.environ.get(LAUNCHED):
-        kill_with_parent()
+        die_with_parent()
 
 
-def kill_with_parent() -> None:
+def die_with_parent() -> None:
     """Have this process killed when its parent exits."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

@@ -93,7 +93,7 @@ class Ranks:
     def connect(self, backend: str, seconds: float = CONNECT_TIMEOUT_SECONDS) -> None:
         """Wait for all ranks and join their process group.
 
-        The waiting is done here and not in torch's library, which would handle signals only after it.
+        It waits in Python, because torch's own wait would delay signal handlers until it returns.
 
         Args:
             backend: backend of torch.distributed: gloo, or cpu:gloo,cuda:nccl.
@@ -240,7 +240,7 @@ def lost_peer(error: Exception, ranks: Ranks) -> PeerLostError | None:
 
 
 def of_pod(resources: TrainingResources, environment: Mapping[str, str]) -> tuple[Ranks, int]:
-    """Return the first rank of this pod, or the rank that a launcher assigned, and the number of ranks to run here.
+    """Return the first rank of this pod, or the rank that a launcher assigned, and the number of ranks to run in this pod.
 
     Outside a cluster there is one pod, whatever the manifest states: the result does not depend on it.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from tunesmith.api.output import Tracker
 from tunesmith.storage.credentials import Scrubber
 from tunesmith_trainer.connections import denied, guarded
-from tunesmith_trainer.process.launch import kill_with_parent
+from tunesmith_trainer.process.launch import die_with_parent
 from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalReader, Point
 from tunesmith_trainer.reporting.settings import PREFIXES
 
@@ -62,7 +62,7 @@ def read_state(folder: Path, tracker: str) -> State:
 
 def main() -> None:
     """Entry point."""
-    kill_with_parent()
+    die_with_parent()
     folder = Path(sys.argv[1])
     run = Description(**json.loads(sys.stdin.readline()))
     with guarded() if run.guarded else nullcontext():

@@ -1,4 +1,4 @@
-"""Attention over sequences that are concatenated in one row, each attending to itself alone."""
+"""Attention over concatenated sequences, each of which attends only to itself."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def segment_attention(
         module: the attention layer.
         query: (1, heads, tokens, width).
         key: (1, key heads, tokens, width).
-        value: as key.
+        value: same shape as key.
         attention_mask: must be None: sequences are separated by their bounds.
         dropout: dropout probability.
         scaling: factor of the scores; None: 1 / √width.
@@ -121,7 +121,7 @@ def varlen_attention(
         module: the attention layer.
         query: (1, heads, tokens, width).
         key: (1, key heads, tokens, width).
-        value: as key.
+        value: same shape as key.
         attention_mask: must be None.
         dropout: must be 0: the kernel has none.
         scaling: factor of the scores; None: 1 / √width.
@@ -137,9 +137,10 @@ def varlen_attention(
     if dropout or query.shape[-1] > _KERNEL_WIDTH or query.shape[-1] != value.shape[-1]:
         raise NotImplementedError(f"the kernel supports no dropout, and only heads of one width up to {_KERNEL_WIDTH}")
     kind = query.device.type
-    # Layers that compute positions in float32 leave them in it; under autocast a product would round them.
-    rounded = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if rounded else query.dtype
+    # Rotary positions leave query and key in float32. Autocast would round them for PyTorch's own products, not for this
+    # kernel.
+    has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if has_autocast else query.dtype
     rows = [part[0].transpose(0, 1).to(dtype) for part in (query, key, value)]
     tokens = query.shape[2]
     bounds = cu_seq_lens_q

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAMES = ("RMSNorm", "MLP")
-"""Suffixes of the names of such layers' classes in transformers. A norm that is already one kernel gains nothing."""
+"""Suffixes of the class names of these layers in transformers. Other norms, such as LayerNorm, are one kernel already."""
 _ROW_TOKENS = 19
 
 
@@ -114,7 +114,7 @@ def compile_layers(
 
 
 def _benefits(name: str, module: nn.Module) -> bool:
-    # Experts get another number of tokens each time, none at all included.
+    # The number of tokens of an expert differs from batch to batch and may be 0.
     return type(module).__name__.endswith(_NAMES) and "experts" not in name.split(".")
 
 
@@ -130,7 +130,7 @@ def _not_compiled(reason: str, write_line: Callable[[str], None], *, required: b
 def _trial_results(model: PeftModel, base: PreTrainedModel, implementation: LossImplementation) -> torch.Tensor:
     """Return the loss and the norms of all gradients, or of this rank's shards, in float64, for two fixed rows."""
     vocabulary = base.config.get_text_config().vocab_size
-    ids = [[(3 + 7 * place) % vocabulary for place in range(size)] for size in (_ROW_TOKENS, _ROW_TOKENS - 7)]
+    ids = [[(3 + 7 * position) % vocabulary for position in range(size)] for size in (_ROW_TOKENS, _ROW_TOKENS - 7)]
     rows = [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in ids]
     batch = on_device(Collator(size=2, pad=0, layout=implementation.layout).join(rows), model.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Bit-identical results of equal runs on a GPU. On a CPU they are so by default."""
+"""Bit-identical results of equal runs on a GPU. Results on a CPU are bit-identical by default."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_deterministically(device: torch.device, run: Callable[[], T], write_line
     if device.type != "cuda":
         return run()
     torch.backends.cudnn.benchmark = False
-    # Uninitialised tensors do not affect the result here, and filling them costs time.
+    # Uninitialised memory does not affect the result of a run, and filling it costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(mode=True)
     try:

@@ -66,7 +66,7 @@ class _FusedLinear(LoraLinear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
         dtype = _product_type(x)
-        if args or kwargs or base.weight.dtype != dtype or not _one_operation(self, dtype):
+        if args or kwargs or base.weight.dtype != dtype or not _can_fuse(self, dtype):
             plain: torch.Tensor = super().forward(x, *args, **kwargs)
             return plain
         return _apply(self, x.to(dtype), base.weight, None)
@@ -81,7 +81,7 @@ class _FusedLinear4bit(LoraLinear4bit):
         base = self.get_base_layer()
         fix_4bit_weight_quant_state_from_module(base)
         dtype, state = _product_type(x), base.weight.quant_state
-        if args or kwargs or base.compute_dtype != dtype or not _one_operation(self, dtype):
+        if args or kwargs or base.compute_dtype != dtype or not _can_fuse(self, dtype):
             plain: torch.Tensor = super().forward(x, *args, **kwargs)
             return plain
         return _apply(self, x.to(dtype), base.weight, state).to(x.dtype)
@@ -122,13 +122,13 @@ def _product_type(inputs: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
 
 
-def _one_operation(layer: LoraLinear | LoraLinear4bit, dtype: torch.dtype) -> bool:
+def _can_fuse(layer: LoraLinear | LoraLinear4bit, dtype: torch.dtype) -> bool:
     """Return True if a layer's adapter is enabled and computes in this type without casts."""
     if layer.disable_adapters or layer.merged:
         return False
     down: torch.Tensor = layer.lora_A[layer.active_adapters[0]].weight
-    by_itself: bool = down.dtype == dtype
-    return by_itself or torch.is_autocast_enabled(down.device.type)
+    same_dtype: bool = down.dtype == dtype
+    return same_dtype or torch.is_autocast_enabled(down.device.type)
 
 
 def _apply(

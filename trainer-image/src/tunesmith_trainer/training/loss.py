@@ -108,8 +108,8 @@ def add_target_loss(model: PreTrainedModel, *, whole_logits: bool = False) -> No
 
     Args:
         model: the base model.
-        whole_logits: True to compute the logits with the model's own forward pass, if its head does more than is known
-            here.
+        whole_logits: True to compute the logits with the model's own forward pass, if its head does more than this
+            module reproduces.
     """
     original = getattr(model, "_before_target_loss", model.forward)
     scale, softcap = _logit_transform(model)

@@ -16,8 +16,8 @@ from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import Key, Result, Watch, key_of
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.serving.adapter import AdapterObservation, plan
-from tunesmith.serving.scaling import scaled
-from tunesmith.serving.source import Artifact, choose_pool, resolve_artifact
+from tunesmith.serving.scale_events import scale_events
+from tunesmith.serving.resolve import Artifact, choose_pool, resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -91,7 +91,7 @@ class AdapterDeploymentReconciler:
         status = plan(adapter, observation, self._context.now())
         old = adapter.status.pool
         written = await self._state.statuses.write(
-            manifest, status, reports=partial(scaled, "copies", adapter.status.desired_replicas)
+            manifest, status, events=partial(scale_events, "copies", adapter.status.desired_replicas)
         )
         if written and old is not None and old != status.pool:
             # The old pool is no longer indexed for this adapter, and has to remove it from its pods.

@@ -31,11 +31,11 @@ from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import MODEL
 from tunesmith.serving.adapter import needs_slots
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
-from tunesmith.serving.pool import PlacementMemory, PoolObservation, PoolPlan, plan, refusal_of_pods
+from tunesmith.serving.pool import PlacementCache, PoolObservation, PoolPlan, plan, refusal_of_pods
 from tunesmith.serving.poolview import PoolView
 from tunesmith.serving.render import deployment, disruption_budget, isolation, key_secret, reserved
 from tunesmith.serving.rolling import cause_of, needs_room_check, observe_rollout, stamped, surge
-from tunesmith.serving.scaling import scaled
+from tunesmith.serving.scale_events import scale_events
 from tunesmith.streams import Tokens
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ServingPoolReconciler:
         self._context = state.context
         self._executor = state.executor
         self._views: dict[str, PoolView] = {}
-        self._placements: dict[str, PlacementMemory] = {}
+        self._placements: dict[str, PlacementCache] = {}
         self._rollouts = PoolRollouts(self._context)
         self._written: dict[str, float] = {}
         self._uids: dict[Key, str] = {}
@@ -127,19 +127,19 @@ class ServingPoolReconciler:
             max_surge=surge(pool, decision.replicas, rollout, observed, has_room=has_room),
         )
         started = time.perf_counter()
-        memory = self._placements.setdefault(pool.metadata.uid, PlacementMemory())
-        pool_plan = plan(pool, observation, self._context.now(), memory)
+        cache = self._placements.setdefault(pool.metadata.uid, PlacementCache())
+        pool_plan = plan(pool, observation, self._context.now(), cache)
         rest = min(_MAX_REST_SECONDS, _REST * (time.perf_counter() - started))
         refused = await self._apply(pool, observation, pool_plan.replicas) if invalid is None else None
         if invalid is not None or refused is not None:
             self._rollouts.withdraw(pool.metadata.uid)
         refused = await self._act(pool, pool_plan) or refused
         if refused is not None:
-            pool_plan = plan(pool, replace(observation, refusal=refused), self._context.now(), memory)
+            pool_plan = plan(pool, replace(observation, refusal=refused), self._context.now(), cache)
         self._wake_adapters(pool, observation, pool_plan, attached)
         if not self._differs_in_requests_only(pool, pool_plan.status):
             await self._state.statuses.write(
-                manifest, pool_plan.status, reports=partial(scaled, "pods", pool.status.desired_replicas)
+                manifest, pool_plan.status, events=partial(scale_events, "pods", pool.status.desired_replicas)
             )
             self._written[pool.metadata.uid] = time.monotonic()
         return Result(_TICK_SECONDS, rest if rest > _MIN_REST_SECONDS else 0.0)

@@ -21,7 +21,7 @@ from tunesmith.controller.serving.gateways import GatewayLinks
 from tunesmith.controller.status import StatusWriter
 from tunesmith.serving.pod import PoolPod, observe_pod
 from tunesmith.serving.render import deployment_name, is_owned_by, is_pod_of
-from tunesmith.serving.source import Candidates, candidates
+from tunesmith.serving.resolve import Candidates, candidates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Check for room for one more pod of a pool, by requests and the nodes' allocatable resources."""
+"""Nodes with room for one more pod of a pool, by resource requests and allocatable resources."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith.api.method import Method
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.serving.source import Artifact, Unresolved, candidates, choose_pool, resolve_artifact
+from tunesmith.serving.resolve import Artifact, Unresolved, candidates, choose_pool, resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Callable

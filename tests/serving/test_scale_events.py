@@ -8,7 +8,7 @@ import pytest
 
 from tests.serving.operatorworld import Recorder, World
 from tunesmith.api.servingpool import ServingPoolStatus
-from tunesmith.serving.scaling import scaled
+from tunesmith.serving.scale_events import scale_events
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from tunesmith.serving.scaling import scaled
     [(None, 3, None), (2, 2, None), (2, None, None), (1, 3, "ScaledUp"), (3, 0, "ScaledDown")],
 )
 def test_a_new_size_is_an_event(before: int | None, after: int | None, reason: str | None) -> None:
-    found = scaled("pods", before, ServingPoolStatus(desired_replicas=after, desired_reason="why"))
+    found = scale_events("pods", before, ServingPoolStatus(desired_replicas=after, desired_reason="why"))
     assert [notice.reason for notice in found] == ([] if reason is None else [reason])
     assert [notice.message for notice in found] == ([] if reason is None else [f"{before} → {after} pods: why"])
 

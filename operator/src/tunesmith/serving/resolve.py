@@ -1,4 +1,4 @@
-"""Choice of the artifact and the pool of an AdapterDeployment."""
+"""Resolution of an AdapterDeployment: its artifact and its pool."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_NAMES = 5
 
 @dataclass(frozen=True)
 class Unresolved:
-    """Reason and message if an artifact or a pool cannot be determined."""
+    """Reason why an artifact or a pool cannot be determined, with a sentence."""
 
     reason: Reason
     message: str
@@ -47,8 +47,8 @@ class Candidates:
 class Artifact:
     """A published adapter.
 
-    `fingerprint`: fingerprint of the base that it was trained on, None if its job does not record it. `rank`: lower
-    bound of its highest rank, None if its method does not define one.
+    `fingerprint`: fingerprint of the base that it was trained on, None if its job does not record it. `rank`: rank that
+    the engine must accept at least, None if its method does not define one.
     """
 
     digest: str
@@ -129,8 +129,8 @@ def candidates(
     named = None if wanted is None else (wanted.namespace or namespace, wanted.name)
     own, foreign, found, admitted = [], [], None, False
     for pool in pools:
-        place, admits = (pool.metadata.namespace, pool.metadata.name), pool.admits(namespace, labels)
-        if place == named:
+        key, admits = (pool.metadata.namespace, pool.metadata.name), pool.admits(namespace, labels)
+        if key == named:
             found, admitted = pool, admits
         if not admits:
             continue
@@ -156,13 +156,13 @@ def choose_pool(
         rank: rank of the adapter; None if unknown.
     """
     if adapter.spec.pool is not None:
-        return _accepting(_named(adapter, adapter.spec.pool, fingerprint, pools), rank)
+        return _if_rank_accepted(_named(adapter, adapter.spec.pool, fingerprint, pools), rank)
     namespace = adapter.metadata.namespace
     matching = [
         pool for pool in pools.own if fingerprint is not None and pool.status.base_model_fingerprint == fingerprint
     ]
     if matching and not any(_accepts(pool, rank) for pool in matching):
-        return _accepting(max(matching, key=lambda pool: pool.spec.engine.max_lora_rank), rank)
+        return _if_rank_accepted(max(matching, key=lambda pool: pool.spec.engine.max_lora_rank), rank)
     matching = [pool for pool in matching if _accepts(pool, rank)]
     current = adapter.status.pool
     kept = [
@@ -204,8 +204,8 @@ def _accepts(pool: ServingPool, rank: int | None) -> bool:
     return rank is None or rank <= pool.spec.engine.max_lora_rank
 
 
-def _accepting(pool: ServingPool | Unresolved, rank: int | None) -> ServingPool | Unresolved:
-    """Return the pool if its engine loads adapters of that rank."""
+def _if_rank_accepted(pool: ServingPool | Unresolved, rank: int | None) -> ServingPool | Unresolved:
+    """Return the pool if its engine accepts adapters of that rank, otherwise the reason."""
     if isinstance(pool, Unresolved) or _accepts(pool, rank):
         return pool
     name, max_rank = f"{pool.metadata.namespace}/{pool.metadata.name}", pool.spec.engine.max_lora_rank

@@ -7,7 +7,7 @@ import pytest
 
 from tunesmith.api.placement import Toleration
 from tunesmith.contracts.quantities import pod_requests
-from tunesmith.serving.room import candidates, has_room
+from tunesmith.serving.node_capacity import candidates, has_room
 
 
 def node(name: str = "n", *, ready: str = "True", **spec: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The GPU that a job may get, from the node labels of GPU feature discovery."""
+"""Memory of the GPUs that a job may get, from the node labels of GPU feature discovery."""
 
 from __future__ import annotations
 

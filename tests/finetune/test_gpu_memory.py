@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.finetune.worlds import job
-from tunesmith.finetune.nodes import gpu_memory_bytes
+from tunesmith.finetune.gpu_memory import gpu_memory_bytes
 
 MIB = 2**20
 A100, T4 = "81920", "15360"

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPoolStatus
 
 
-def scaled(unit: str, before: int | None, status: AdapterDeploymentStatus | ServingPoolStatus) -> list[NewEvent]:
-    """Return the Event about a new number of desired pods or copies; none for a resource that is new.
+def scale_events(unit: str, before: int | None, status: AdapterDeploymentStatus | ServingPoolStatus) -> list[NewEvent]:
+    """Return the Event about a changed number of desired pods or copies; empty if it did not change or is the first.
 
     Args:
         unit: `pods` or `copies`.
-        before: the number that was desired; None: the resource is new.
+        before: previous desired number; None for a new resource.
         status: the status that is written now.
     """
     after = status.desired_replicas
