@@ -34,8 +34,8 @@ from tunesmith.finetune.status import status_events
 from tunesmith.serving import adapter as adapters
 from tunesmith.serving import pool as pools
 from tunesmith.serving import render as pool_render
-from tunesmith.serving.settings import PoolSettings
 from tunesmith.serving.resolve import candidates, choose_pool, resolve_artifact
+from tunesmith.serving.settings import PoolSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

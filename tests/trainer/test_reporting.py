@@ -199,8 +199,8 @@ def test_a_job_in_a_cluster_reports_only_to_allowed_addresses(
     else:
         assert missed is not None
         assert (
-            "(its address resolves to 127.0.0.1, an address of the pod itself, which jobs and pools may not reach: correct"
-            in missed
+            "(its address resolves to 127.0.0.1, an address of the pod itself, which jobs and pools may not reach: "
+            "correct" in missed
         )
 
 

@@ -35,8 +35,8 @@ SILENCE_SECONDS = 120.0
 PROCESSOR_SECONDS = 30
 """Processor time allowed for a download with its checks, plus one second for each `_CHECKED_BYTES_PER_SECOND` bytes."""
 _WALL_CLOCK_FACTOR = 5
-"""Wall-clock limit of a check, as a multiple of its processor time: the node may be busy. An endless check is stopped by
-the limit of processor time."""
+"""Wall-clock limit of a check, as a multiple of its processor time: the node may be busy. The limit of processor time
+stops an endless check."""
 _CHECKED_BYTES_PER_SECOND = 20_000_000
 _MEMORY = 160 * 2**20
 """Memory of a child, in bytes; `_MEMORY_PER_HEADER_BYTE` is added for each byte of the header."""

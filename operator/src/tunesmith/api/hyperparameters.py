@@ -133,8 +133,8 @@ class Hyperparameters(ApiModel):
     optimizer: Optimizer = Field(
         default=Optimizer.ADAMW,
         description="Optimizer. AdamW8bit keeps AdamW's state in 8 bits, a quarter of the memory; Adafactor keeps "
-        "sums of rows and columns; Lion (learning rate a third to a tenth of AdamW's) and SGD keep one value or none "
-        "per parameter.",
+        "sums per row and column; Lion keeps one value per parameter, and needs a third to a tenth of AdamW's learning "
+        "rate; SGD keeps none.",
     )
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="Weight decay of the optimizer.")
     max_grad_norm: float = Field(

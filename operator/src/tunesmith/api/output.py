@@ -95,7 +95,7 @@ class Output(ApiModel):
         default=Merge.NONE,
         description="Merged model, written to the folder merged next to the artifact, with its measured distance from "
         "the trained model. None: not written. Original: the adapter is merged into the original base model. "
-        "Dequantized: it is merged into the dequantized 4-bit base model on which it was trained.",
+        "Dequantized: it is merged into the dequantised 4-bit base model on which it was trained.",
     )
     exports: list[Export] | None = Field(
         default=None,

@@ -49,8 +49,8 @@ class SelectorRequirement(ApiModel):
 
     key: LabelKey = Field(description="Key of the label.")
     operator: SelectorOperator = Field(
-        description="Operator. In: the label's value is in values. NotIn: it is not, or the label is absent. Exists: "
-        "the label is present. DoesNotExist: the label is absent."
+        description="Operator. In: the label's value is in values. NotIn: the label's value is not in "
+        "values, or the label is absent. Exists: the label is present. DoesNotExist: the label is absent."
     )
     values: list[LabelValue] | None = Field(default=None, max_length=32, description="Values for In and NotIn.")
 

@@ -12,7 +12,15 @@ from tunesmith.cli import garbage
 from tunesmith.cli.connection import connect
 from tunesmith.cli.duration import parse_duration
 from tunesmith.cli.errors import CliError, Exit
-from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_table
+from tunesmith.cli.output import (
+    AllNamespacesOption,
+    Format,
+    FormatOption,
+    NamespaceOption,
+    note,
+    print_json,
+    print_table,
+)
 from tunesmith.contracts.owner import OWNER_FILE
 from tunesmith.storage.schemes import Use, examples
 
@@ -31,9 +39,7 @@ def gc(
         ),
     ],
     namespace: NamespaceOption = None,
-    all_namespaces: Annotated[
-        bool, typer.Option("--all-namespaces", "-A", help="Resources of every namespace.")
-    ] = False,  # noqa: FBT002 - typer's convention
+    all_namespaces: AllNamespacesOption = False,  # noqa: FBT002 - typer's convention
     older_than: Annotated[
         str, typer.Option("--older-than", help="Keep files written more recently than this: 30m, 24h, 7d.")
     ] = "24h",

@@ -77,7 +77,7 @@ class JobView:
     succeeded: bool = False
     failed: bool = False
     failure_message: str = ""
-    """The Job controller's message. It names the exit code or the disruption if a rule of the pod failure policy matched."""
+    """The Job controller's message, with the exit code or disruption if a rule of the pod failure policy matched."""
     finished_at: datetime | None = None
     size: int = 1
     """Number of pods that it runs at the same time."""

@@ -114,7 +114,7 @@ def _decide(observation: Observation, status: StatusBuilder, store: str, allowed
 
 
 def _report_refusal(refusal: Refusal, observation: Observation, status: StatusBuilder) -> _Step:
-    """Report the refusal of the step's action. Once an attempt exists, it never fails the job: progress is not discarded."""
+    """Report the refusal of the step's action. It never fails a job that has an attempt: training progress is kept."""
     if refusal.cause is RefusalCause.INVALID and not status.terminal and not observation.job.status.attempts:
         status.failed(FailureReason.INVALID_SPEC, f"the spec results in an invalid object: {refusal.message}")
         return _Step()

@@ -27,7 +27,7 @@ LOG = logging.getLogger(__name__)
 
 NOT_STARTED_HEADER = "x-tunesmith-not-started"
 OTHER_TOKEN = "other_token"  # noqa: S105 - a label in metrics
-"""Reason during a rotation of the installation's key: the pod refused this token, and the gateway's other token is tried
+"""Reason during a rotation of the installation's key: the pod refused this token, so the gateway's other one is tried
 immediately."""
 _JSON = "application/json"
 _EVENT_STREAM = "text/event-stream"

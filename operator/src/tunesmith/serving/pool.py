@@ -421,7 +421,10 @@ def _degraded(
 def _taken(pool: ServingPool, by: ModelNameClaim | None) -> str | None:
     if by is None:
         return None
-    return f"the model name {pool.model} belongs to {by.holder}, which is older: the base model cannot be called by this name"
+    return (
+        f"the model name {pool.model} belongs to {by.holder}, which is older: the base model cannot be called by this "
+        "name"
+    )
 
 
 def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod]) -> _ConditionState:

@@ -240,7 +240,7 @@ def lost_peer(error: Exception, ranks: Ranks) -> PeerLostError | None:
 
 
 def of_pod(resources: TrainingResources, environment: Mapping[str, str]) -> tuple[Ranks, int]:
-    """Return the first rank of this pod, or the rank that a launcher assigned, and the number of ranks to run in this pod.
+    """Return the first rank of this pod, or the rank that a launcher assigned, and the number of ranks that it runs.
 
     Outside a cluster there is one pod, whatever the manifest states: the result does not depend on it.
 

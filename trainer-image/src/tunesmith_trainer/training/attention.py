@@ -137,8 +137,8 @@ def varlen_attention(
     if dropout or query.shape[-1] > _KERNEL_WIDTH or query.shape[-1] != value.shape[-1]:
         raise NotImplementedError(f"the kernel supports no dropout, and only heads of one width up to {_KERNEL_WIDTH}")
     kind = query.device.type
-    # Rotary positions leave query and key in float32. Autocast would round them for PyTorch's own products, not for this
-    # kernel.
+    # Rotary positions may leave query and key in float32. Autocast would round them for PyTorch's own products, but not
+    # for this kernel.
     has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if has_autocast else query.dtype
     rows = [part[0].transpose(0, 1).to(dtype) for part in (query, key, value)]

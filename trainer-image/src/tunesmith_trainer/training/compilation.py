@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAMES = ("RMSNorm", "MLP")
-"""Suffixes of the class names of these layers in transformers. Other norms, such as LayerNorm, are one kernel already."""
+"""Suffixes of these layers' class names in transformers. Other norms, such as LayerNorm, are already one kernel."""
 _ROW_TOKENS = 19
 
 

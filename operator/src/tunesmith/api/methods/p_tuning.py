@@ -19,12 +19,12 @@ class PTuningFields(VirtualTokensFields):
 
     encoder: Annotated[
         Literal["Mlp", "Lstm"], PeftName("encoder_reparameterization_type", {"Mlp": "MLP", "Lstm": "LSTM"})
-    ] = Field(default="Mlp", description="Kind of that network.")
+    ] = Field(default="Mlp", description="Type of the prompt encoder.")
     encoder_hidden_size: Annotated[int | None, PeftName("encoder_hidden_size")] = Field(
-        default=None, ge=1, le=65536, description="Width of that network. Absent: the model's hidden size."
+        default=None, ge=1, le=65536, description="Hidden size of the prompt encoder. Absent: the model's hidden size."
     )
     encoder_layers: Annotated[int, PeftName("encoder_num_layers")] = Field(
-        default=2, ge=1, le=16, description="Layers of an Lstm; an Mlp has two."
+        default=2, ge=1, le=16, description="Number of layers of an Lstm; an Mlp has two."
     )
     encoder_dropout: Annotated[float, PeftName("encoder_dropout")] = Field(
         default=0.0, ge=0.0, le=0.9, description="Dropout in an Lstm."

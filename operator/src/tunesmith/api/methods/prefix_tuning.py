@@ -25,5 +25,5 @@ class PrefixTuningFields(VirtualTokensFields):
         default=False, description="Compute the vectors with a small network, which is not part of the artifact."
     )
     encoder_hidden_size: Annotated[int | None, PeftName("encoder_hidden_size")] = Field(
-        default=None, ge=1, le=65536, description="Width of the network. Absent: the model's hidden size."
+        default=None, ge=1, le=65536, description="Hidden size of that network. Absent: the model's hidden size."
     )

@@ -16,8 +16,8 @@ from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import Key, Result, Watch, key_of
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.serving.adapter import AdapterObservation, plan
-from tunesmith.serving.scale_events import scale_events
 from tunesmith.serving.resolve import Artifact, choose_pool, resolve_artifact
+from tunesmith.serving.scale_events import scale_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

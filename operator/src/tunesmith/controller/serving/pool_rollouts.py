@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.contracts.quantities import pod_requests
-from tunesmith.serving.rolling import Cause, Rollout, RolloutHold, find_hold
 from tunesmith.serving.node_capacity import candidates, has_room
+from tunesmith.serving.rolling import Cause, Rollout, RolloutHold, find_hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
