@@ -367,8 +367,9 @@ def test_a_pool_that_waits_for_its_turn_reports_it(decide: Build, pod: Build) ->
     assert updated.reason == "UpdatePending"
     assert updated.message == (
         "the installation changed, and the pods have to be replaced: waits for the update of ServingPool team/a. When "
-        "the replacement begins, the pool's only serving pod stops before its replacement starts, because no surge pod is "
-        "possible: no request is answered until the replacement is ready; running requests (4 now) have 60 s to finish"
+        "the replacement begins, the pool's only serving pod stops before its replacement starts, because no surge pod "
+        "is possible: no request is answered until the replacement is ready; running requests (4 now) have 60 s to "
+        "finish"
     )
     blocked = decide([pod("p")], deployed=1, rollout=rollout, hold=RolloutHold("x fails", failed=True)).status
     assert shown(blocked)["Updated"] == "False UpdateBlocked"
