@@ -86,7 +86,7 @@ def test_a_link_out_of_the_folder_is_not_uploaded(tmp_path: Path, target: str) -
     (tmp_path / "folder").mkdir()
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "a.txt").symlink_to(tmp_path / target)
-    with pytest.raises(CliError, match=r"a\.txt is a link that does not lead to a file in"):
+    with pytest.raises(CliError, match=r"a\.txt is a link that does not point to a file in"):
         _files(tmp_path / "rows")
 
 

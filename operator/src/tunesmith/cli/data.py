@@ -34,7 +34,7 @@ def upload(
     namespace: NamespaceOption = None,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
-    """Upload rows to a store, over files of the same name. Each line of a .jsonl file is checked to be a JSON object.
+    """Upload rows to a store, replacing files of the same name. Each line of a .jsonl file must be a JSON object.
 
     The keys are those of the environment (AWS_ACCESS_KEY_ID and so on), otherwise those of the namespace's Secret
     tunesmith-store.
@@ -99,14 +99,14 @@ def _files(folder: Path) -> list[Path]:
     """Return the files in and below a folder, sorted.
 
     Raises:
-        CliError: a link leads out of the folder, or not to a file.
+        CliError: a link points outside of the folder, or not to a file.
     """
     paths, root = sorted(folder.rglob("*")), folder.resolve()
     for path in paths:
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             raise CliError(
-                f"{path} is a link that does not lead to a file in {folder}: remove it, or replace it with what it"
-                " links to",
+                f"{path} is a link that does not point to a file in {folder}: remove it, or replace it with the"
+                " linked file",
                 Exit.USAGE,
             )
     return [path for path in paths if path.is_file()]
