@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
 from tests.api.bad_manifests import MINIMAL
+from tests.controlplane.manifests import job
 from tunesmith.cli.main import main
+from tunesmith.cluster.errors import ForbiddenError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     Estimate = Callable[..., tuple[int, str, str, list[str]]]
@@ -51,6 +53,7 @@ while [ "$1" != --termination-message ]; do shift; done
     trainer.chmod(0o755)
     manifest.write_text(MINIMAL)
     monkeypatch.setenv("TUNESMITH_TRAINER", str(trainer))
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
 
     def run(report: object, *arguments: str) -> tuple[int, str, str, list[str]]:
         monkeypatch.setenv("REPORT", json.dumps(report) if report is not None else "")
@@ -79,15 +82,64 @@ def test_the_estimate_as_text(estimate: Estimate) -> None:
         "peak          6.0 GiB of GPU memory, within about 15 %",
         "  logits      1.0 GiB",
         "verdict       Fits",
+        "GPU time      unknown: the jobs of the cluster cannot be read: there is no kubeconfig at /nowhere",
     ):
-        assert f"{line}\n" in out
+        assert line in out
 
 
 def test_the_estimate_as_json(estimate: Estimate) -> None:
     code, out, _, arguments = estimate(SUCCEEDED, "-o", "json")
     assert code == 0
     assert json.loads(out)["preflight"] == PREFLIGHT | {"verdict": "Fits"}
+    assert json.loads(out)["gpuTime"]["gpuSeconds"] is None
     assert "--gpu-memory-bytes" not in arguments
+
+
+class Jobs:
+    """A cluster with one finished job, whose node may not be read."""
+
+    namespace = "team"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def pages(self, kind: str, namespace: str) -> AsyncIterator[tuple[list[dict[str, Any]], str]]:
+        assert (kind, namespace) == ("FineTuneJob", "team")
+        status = {
+            "phase": "Complete",
+            "completionTime": "2026-01-01T00:00:00Z",
+            "gpuSeconds": 100,
+            "preflight": {"rows": 10, "tokens": 2000},
+            "resolved": {"totalSteps": 2, "batchSize": 5},
+            "attempts": [{"name": "before-1", "node": "a"}],
+        }
+        yield [job("team", "before") | {"status": status}, job("team", "new"), {**job("team", "odd"), "spec": {}}], ""
+
+    async def find(self, kind: str, name: str) -> None:
+        raise ForbiddenError(f"{kind} {name} may not be read")
+
+
+def test_the_gpu_time_and_its_cost(estimate: Estimate, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect() -> Jobs:
+        return Jobs()
+
+    monkeypatch.setattr("tunesmith.cli.estimate.connect", connect)
+    report = SUCCEEDED | {"preflight": PREFLIGHT | {"verdict": "Fits", "packedSequences": None}}
+    tokens = 4000 * 30 * 8 / 90
+    _, out, _, _ = estimate(report, "--price-per-hour", "3.6")
+    assert f"about {tokens / 20:.0f} GPU-seconds on a GPU of unknown kind, at 20 tokens/s per GPU as in before" in out
+    assert "cost          about 0.53, at 3.6 per GPU and hour" in out
+    _, out, _, _ = estimate(report, "--price-per-hour", "3.6", "-o", "json")
+    assert json.loads(out)["gpuTime"] == {
+        "gpuSeconds": 533,
+        "tokensPerGpuSecond": 20,
+        "gpu": "a GPU of unknown kind",
+        "jobs": ["before"],
+        "cost": 0.53,
+    }
 
 
 def test_a_job_that_will_not_fit(estimate: Estimate) -> None:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import subprocess
 import tempfile
+from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
 from tunesmith.api.finetunejob_status import Verdict
+from tunesmith.api.manifest import parse_manifest
 from tunesmith.api.placement import quantity_value
+from tunesmith.cli.connection import connect
 from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.kinds import Kind, parse
 from tunesmith.cli.manifest import read_manifest
 from tunesmith.cli.output import Format, FormatOption, note, print_json, print_line
 from tunesmith.cli.run import TaskCodeOption, task_code, trainer_command
+from tunesmith.cli.throughput import GPU_PRODUCT, GpuTime, gpu_time, node_of, similar, trained_tokens
+from tunesmith.cluster.errors import ClusterError, ForbiddenError
 from tunesmith.contracts.result import ExitCode, TrainerResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import Preflight, Resolved
 
 _GIB = 2**30
+_CLUSTER_SECONDS = 15
+"""Time for reading the cluster's jobs, in seconds."""
+_MAX_JOBS = 2000
 _PARTS = ("weights", "trainable", "activations", "logits", "overhead")
 
 
@@ -34,13 +46,25 @@ def estimate(
         typer.Option("--gpu-memory", help="Memory of the GPU, such as 80GiB or 24GB; absent: the verdict is Unknown."),
     ] = None,
     *,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            help="Kind of GPU, as in the nodes' label nvidia.com/gpu.product; absent: that of the nodeSelector, or the"
+            " only one on which similar jobs ran.",
+        ),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option("--price-per-hour", min=0, help="Price of a GPU per hour: the cost is shown.")
+    ] = None,
     allow_task_code: TaskCodeOption = False,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """Check a job on this machine, without a GPU or a cluster: rows, tokens, steps, peak memory, and whether it fits.
 
-    The data and the base's configuration are read, its weights are not. Exit codes: 0 it fits or this is unknown, 2 the
-    job must be changed, 3 worth retrying.
+    The data and the base's configuration are read, its weights are not. The GPU time is estimated from the last
+    completed jobs of the cluster with the same base model and method, or unknown. Exit codes: 0 it fits or this is
+    unknown, 2 the job must be changed, 3 worth retrying.
 
     Example: tunesmith estimate -f job.yaml --gpu-memory 80GiB
     """
@@ -49,14 +73,73 @@ def estimate(
     memory = ["--gpu-memory-bytes", str(_bytes(gpu_memory))] if gpu_memory is not None else []
     more = [*memory, *task_code(allowed=allow_task_code)]
     result = _validate([*trainer_command(), "validate", "--job", str(filename), "--allow-file", *more])
+    time = _gpu_time(filename, result, gpu) if result.preflight is not None else None
     if output_format is Format.JSON:
-        print_json(result.model_dump(mode="json", by_alias=True, exclude_none=True))
+        document = result.model_dump(mode="json", by_alias=True, exclude_none=True)
+        print_json(document if time is None else document | {"gpuTime": _document(time, price_per_hour)})
     elif result.preflight is not None:
-        for name, text in _lines(result.preflight, result.resolved):
+        for name, text in [*_lines(result.preflight, result.resolved), *_costs(time, price_per_hour)]:
             print_line(f"{name:<14}{text}")
     if result.exit_code is not ExitCode.DONE:
         note(f"error: {result.reason}: {result.message}")
         raise typer.Exit(int(result.exit_code))
+
+
+def _gpu_time(filename: Path, result: TrainerResult, gpu: str | None) -> GpuTime | str | None:
+    """Return the estimated GPU time, the reason why it is unknown, or None for a job without a GPU."""
+    job = parse_manifest(filename.read_text(encoding="utf-8"))
+    if job.spec.resources.gpus == 0:
+        return None
+    try:
+        measured, products = asyncio.run(asyncio.wait_for(_measured(job), _CLUSTER_SECONDS))
+    except (ClusterError, TimeoutError) as error:
+        return f"the jobs of the cluster cannot be read: {error or f'no answer within {_CLUSTER_SECONDS} s'}"
+    return gpu_time(job, trained_tokens(result.preflight, result.resolved), measured, products, gpu)
+
+
+async def _measured(job: FineTuneJob) -> tuple[list[FineTuneJob], dict[str, str]]:
+    """Return the similar jobs of the namespace, out of at most `_MAX_JOBS`, and the kinds of GPU of their nodes."""
+    async with await connect() as cluster:
+        found: list[FineTuneJob] = []
+        read = 0
+        async with aclosing(cluster.pages(Kind.JOB.resource, cluster.namespace)) as pages:
+            async for page, _ in pages:
+                read += len(page)
+                for document in page:
+                    with contextlib.suppress(CliError):  # of another release
+                        other = parse(Kind.JOB, document)
+                        found += [other] if similar(job, other) else []
+                if read >= _MAX_JOBS:
+                    break
+        products: dict[str, str] = {}
+        for name in {node_of(other) for other in found} - {None}:
+            with contextlib.suppress(ForbiddenError):
+                node = await cluster.find("Node", str(name)) or {}
+                labels = node.get("metadata", {}).get("labels") or {}
+                products |= {str(name): labels[GPU_PRODUCT]} if GPU_PRODUCT in labels else {}
+        return found, products
+
+
+def _document(time: GpuTime | str, price: float | None) -> dict[str, Any]:
+    if isinstance(time, str):
+        return {"gpuSeconds": None, "reason": time}
+    return {
+        "gpuSeconds": round(time.seconds),
+        "tokensPerGpuSecond": round(time.tokens_per_second, 1),
+        "gpu": time.kind,
+        "jobs": list(time.jobs),
+        **({"cost": round(time.seconds / 3600 * price, 2)} if price is not None else {}),
+    }
+
+
+def _costs(time: GpuTime | str | None, price: float | None) -> Iterator[tuple[str, str]]:
+    if isinstance(time, str):
+        yield "GPU time", f"unknown: {time}"
+    elif time is not None:
+        rate = f"{time.tokens_per_second:.0f} tokens/s per GPU as in {', '.join(time.jobs)}"
+        yield "GPU time", f"about {time.seconds:.0f} GPU-seconds on {time.kind}, at {rate}"
+        if price is not None:
+            yield "cost", f"about {time.seconds / 3600 * price:.2f}, at {price:g} per GPU and hour"
 
 
 def _bytes(text: str) -> int:
