@@ -137,7 +137,7 @@ class Election:
                 _log.warning("another replica acquired the lease")
                 return
             except (ClusterError, TimeoutError) as error:
-                _log.warning("the lease was not renewed: %s", error or "no answer in time")
+                _log.warning("the lease was not renewed: %s", str(error) or "no answer in time")
             else:
                 self._until = started + self._seconds * 0.8
 
