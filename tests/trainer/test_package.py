@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.methods_cases import CASES
@@ -26,6 +26,7 @@ from tunesmith_trainer.artifact.parity import STREAMED, record
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.trainer.s3server import S3Server
     from tests.trainer.trainer_rig import Workbench
 
 QLORA = {"qlora": {"rank": 4, "alpha": 8}}
@@ -182,6 +183,24 @@ def test_the_tags_name_the_method(method: dict[str, Any], names: list[str]) -> N
 def test_only_the_loss_of_sft_is_per_token(objective: ObjectiveName) -> None:
     expected = "loss, nats per target token" if objective is ObjectiveName.SFT else f"loss of {objective.upper()}"
     assert loss_label("loss", objective) == expected
+
+
+def test_peft_finds_the_base_by_the_name_in_the_artifact(bench: Workbench) -> None:
+    assert bench.run("train", bench.job()).code == 0
+    assert 'AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")' in _card(bench)
+    model = AutoPeftModelForCausalLM.from_pretrained(bench.output / "artifact")
+    assert model.peft_config["default"].base_model_name_or_path == str(bench.base)
+
+
+def test_the_card_loads_a_base_that_has_no_name_for_transformers(bench: Workbench, s3_environment: S3Server) -> None:
+    s3_base = "s3://tunesmith/models/without-a-name"
+    for file in bench.base.iterdir():
+        s3_environment.filesystem().put_file(str(file), f"{s3_base.removeprefix('s3://')}/{file.name}")
+    job = bench.job(baseModel={"uri": s3_base})
+    assert bench.run("train", job).code == 0
+    lines = _card(bench).splitlines()
+    assert f'base = AutoModelForCausalLM.from_pretrained("path/of/the/base")  # a copy of {s3_base}' in lines
+    assert 'model = PeftModel.from_pretrained(base, "path/of/this/folder")' in lines
 
 
 def test_the_curves_are_plotted(bench: Workbench) -> None:

@@ -130,7 +130,8 @@ def test_the_artifact_matches_its_manifest(bench: Workbench, base_model: Path) -
     assert (manifest.adapter.method, manifest.adapter.rank, manifest.adapter.alpha) == ("lora", 4, 8)
     assert manifest.servable.vllm
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == manifest.base.uri == f"file://{base_model}"
+    assert config["base_model_name_or_path"] == str(base_model)
+    assert manifest.base.uri == f"file://{base_model}"
     assert set(load_file(folder / "adapter_model.safetensors")) == {
         f"base_model.model.model.layers.{layer}.{module}.lora_{matrix}.weight"
         for layer in range(2)

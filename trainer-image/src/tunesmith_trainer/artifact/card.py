@@ -100,7 +100,7 @@ def text(
             "",
             "## Use",
             "",
-            *_loading(prepared),
+            *_loading(base, prepared),
             "",
             *_serving(job, prepared),
             "",
@@ -135,22 +135,29 @@ def _kind(prepared: Prepared) -> str:
     return "All weights of" if prepared.planned.config is None else "An adapter for"
 
 
-def _loading(prepared: Prepared) -> list[str]:
+def _loading(base: str, prepared: Prepared) -> list[str]:
+    """Return the code that loads the artifact: one line if transformers finds the base by its name."""
     if prepared.planned.config is None:
-        name, load = "transformers", "AutoModelForCausalLM"
-        comment = []
+        name = "transformers"
+        code = [
+            "from transformers import AutoModelForCausalLM",
+            'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")',
+        ]
+    elif base.startswith(("hf://", "file://")):
+        name = "peft"
+        code = [
+            "from peft import AutoPeftModelForCausalLM",
+            'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
+        ]
     else:
-        name, load = "peft", "AutoPeftModelForCausalLM"
-        comment = ["# base_model_name_or_path of adapter_config.json must be reachable"]
-    return [
-        f"Load it with {name}:",
-        "",
-        "```python",
-        f"from {name} import {load}",
-        *comment,
-        f'model = {load}.from_pretrained("path/of/this/folder")',
-        "```",
-    ]
+        name = "peft"
+        code = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            f'base = AutoModelForCausalLM.from_pretrained("path/of/the/base")  # a copy of {base}',
+            'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
+        ]
+    return [f"Load it with {name}:", "", "```python", *code, "```"]
 
 
 def tags(method: Method) -> list[str]:

@@ -316,7 +316,8 @@ def write_curves(path: Path, curve: list[CurvePoint]) -> None:
 
 def _rewrite_config(path: Path, job: FineTuneJob, prepared: Prepared) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = job.spec.base_model.uri.removeprefix("hf://")
+    # The name by which transformers finds the base, if it can: of the Hugging Face Hub, or a path.
+    config["base_model_name_or_path"] = job.spec.base_model.uri.removeprefix("hf://").removeprefix("file://")
     config["revision"] = job.spec.base_model.revision
     if prepared.planned.ranks:
         config["target_modules"] = prepared.resolved.target_modules

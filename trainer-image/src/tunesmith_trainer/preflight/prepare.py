@@ -333,8 +333,9 @@ def _with_template(planned: MethodPlan, spec: FineTuneJobSpec, tokenizer: PreTra
         return planned
     reason = (
         "dataset.chatTemplate renders questions differently from the base model's chat template, which a pool of that"
-        " base model uses: use the base model's own template, changed only by {% generation %} marks, or serve the"
-        " merged model"
+        " base model uses: use the base model's own template, changed only by {% generation %} marks; or add the"
+        " template to a copy of the base model as chat_template.jinja and use the copy as baseModel of the job and the"
+        " pool; or serve the merged model"
     )
     planned = replace(planned, servable=ServableStatus(vllm=False, reason=reason))
     require_servable(spec, planned.servable)
