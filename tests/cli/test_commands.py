@@ -158,7 +158,7 @@ def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> Non
         (("wait", "job", "a", "--timeout", "soon"), {}, 2, "--timeout soon is not a duration: write seconds, minutes"),
         (("chat", "pirate", "-m", "hi"), {}, 2, "set --url"),
         (("chat", "pirate", "-m", "hi", "--url", "ftp://x"), {}, 2, "is not an address"),
-        (("chat", "pirate", "-m", "hi", "--url", "http://127.0.0.1:1"), {}, 2, "set TUNESMITH_API_KEY"),
+        (("chat", "pirate", "-m", "hi", "--url", "http://127.0.0.1:1"), {}, 2, "ask your platform team for one"),
         (
             ("chat", "pirate", "-m", "hi", "--url", "http://127.0.0.1:1"),
             {"OPENAI_API_KEY": "k"},

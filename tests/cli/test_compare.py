@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tunesmith.api.finetunejob import FineTuneJob
-from tunesmith.cli.compare import best, differences, figures
+from tunesmith.cli.compare import best, differences, figures, incomparable
 
 HELD_OUT = [{"uri": "s3://data/validation.jsonl"}]
 
@@ -78,3 +78,12 @@ def test_only_fields_that_differ_are_shown_with_their_paths() -> None:
 def test_the_lowest_loss_is_shown_if_losses_can_be_compared(jobs: list[FineTuneJob], name: str | None) -> None:
     found = best(jobs)
     assert (found.metadata.name if found else None) == name
+
+
+def test_losses_that_cannot_be_compared_have_a_reason() -> None:
+    first, other = job("a", 1.5), job("b", 1.25, digest="sha256:" + "e" * 64)
+    running = first.model_copy(update={"status": first.status.model_copy(update={"artifact": None})})
+    assert incomparable([first, first]) == ""
+    assert incomparable([running, other]) == "a is not complete"
+    assert incomparable([first, job("b", None), job("c", None)]) == "b, c have no held-out loss"
+    assert incomparable([first, other]).startswith("their held-out rows differ")

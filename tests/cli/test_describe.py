@@ -114,7 +114,22 @@ def test_a_resource_has_a_summary_and_a_next_command(
 def test_the_details_of_a_job_name_what_it_cost_and_where_the_artifact_is() -> None:
     shown = dict(lines(job(**COMPLETE, evaluation=EVALUATION, artifact=ARTIFACT, gpuSeconds=7500)))
     assert shown["cost"] == "2 h 5 min of GPU time (7500 GPU seconds)"
-    assert (shown["artifact"], shown["digest"], shown["servable"]) == ("s3://store/a", DIGEST, "by vLLM")
+    assert (shown["artifact"], shown["digest"], shown["servable"]) == (
+        "s3://store/a",
+        DIGEST,
+        "by vLLM, in pools that accept rank 16",
+    )
+
+
+def test_the_details_of_an_adapter_show_why_it_does_not_serve() -> None:
+    shown = dict(lines(adapter(conditions=[condition("Resolved", "False", "PoolNotFound", "waits for pool x")])))
+    assert shown["reason"] == "waits for pool x"
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, "1 pod"), (2, "2 pods")])
+def test_the_details_of_an_adapter_show_the_pods_of_a_revision(count: int, text: str) -> None:
+    shown = dict(lines(adapter(**{**SERVING, "revisions": [revision("Resident", count)]})))
+    assert shown["revision"] == f"aaaaaaaaaaaa  Resident on {text}"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +158,7 @@ def test_waiting_is_over_once_the_newest_spec_is_served(
     ("status", "sentence"),
     [
         ({"conditions": [condition("Resolved", "False", "FineTuneJobFailed", "job x failed")]}, "job x failed"),
+        ({"conditions": [condition("Resolved", "False", "RankTooHigh", "rank 17")]}, "rank 17"),
         (
             {"conditions": [RESOLVED], "revisions": [revision("Failed", 0, "rank 64 is above 32")]},
             "the newest version cannot be loaded: rank 64 is above 32",

@@ -11,6 +11,7 @@ import pytest
 from tunesmith.cli.artifact import fetch_artifact
 from tunesmith.cli.data import _files, _targets
 from tunesmith.cli.errors import CliError
+from tunesmith.cli.location import open_at
 from tunesmith.cli.main import app
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.storage.credentials import Credentials, Origin
@@ -133,3 +134,25 @@ def test_an_outage_of_the_store_is_reported_before_each_retry(
     with pytest.raises(CliError, match="tried 2 times"):
         app(["data", "upload", str(tmp_path / "rows.jsonl"), "s3://bucket/rows.jsonl"], standalone_mode=False)
     assert "retrying in 0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overridden", "hint"),
+    [
+        ([], "set AWS_ENDPOINT_URL if the address in the Secret mine is reachable only inside the cluster"),
+        (["AWS_ENDPOINT_URL"], "check AWS_ENDPOINT_URL of the environment"),
+    ],
+)
+def test_an_unreachable_store_has_a_hint_about_the_source_of_its_address(
+    monkeypatch: pytest.MonkeyPatch, overridden: list[str], hint: str
+) -> None:
+    monkeypatch.setattr("tunesmith.cli.location._RETRY", ONE_TRY)
+    address = "http://127.0.0.1:1"
+    values = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": address}
+    credentials = Credentials(values, "the Secret mine", Origin.STORE_SECRET, frozenset(overridden))
+    with pytest.raises(CliError) as failure:
+        open_at("s3://bucket/rows", credentials, what="the artifact").read("a")
+    assert str(failure.value) == (
+        "the artifact s3://bucket/rows/a could not be reached: "
+        f"cannot connect to {address} (Connection refused); {hint}"
+    )

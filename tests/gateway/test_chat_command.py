@@ -72,4 +72,4 @@ async def test_the_gateways_error_message_is_shown(pirates: Rig) -> None:
     assert problems.startswith("error: The model `parrot` does not exist or you do not have access to it.")
     code, _, problems = await chat(pirates, "pirate", "-m", "Hello", key="sk-ts-wrong")
     assert (code, problems.count("\n")) == (1, 1)
-    assert "Incorrect API key" in problems
+    assert "Incorrect API key provided. Ask your platform team for a key" in problems

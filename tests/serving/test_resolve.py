@@ -54,7 +54,7 @@ def test_the_artifact_of_a_complete_job_is_at_the_computed_location(
         pytest.param(
             {"phase": "Validating", "progress": {"stage": "Validating"}},
             "FineTuneJobRunning",
-            "waits for FineTuneJob job, which is Validating (Validating)",
+            "waits for FineTuneJob job, which is Validating",
             id="validating",
         ),
         pytest.param(
@@ -172,8 +172,8 @@ def test_an_adapter_gets_no_pool_that_cannot_load_its_rank(
     assert (found.reason if isinstance(found, Unresolved) else found.metadata.name) == expected
     if rank == 17 and isinstance(found, Unresolved):
         assert found.message == (
-            "the adapter has rank 17 and ServingPool team/small loads ranks up to 16: raise its engine.maxLoraRank, "
-            "name another pool in spec.pool, or train with a lower rank"
+            "the adapter has rank 17 and ServingPool team/small loads ranks up to 16: train with a lower rank, "
+            "name another pool in spec.pool, or ask for a pool with a higher engine.maxLoraRank"
         )
 
 

@@ -98,6 +98,18 @@ def test_files_are_uploaded_created_once_and_downloaded(s3: S3Server, tmp_path: 
         ),
         ("s3://tunesmith/store", {"AWS_SECRET_ACCESS_KEY": ""}, AccessDeniedError, "no AWS_SECRET_ACCESS_KEY: add the"),
         ("s3://tunesmith/store", {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}, UnavailableError, "reached"),
+        (
+            "s3://tunesmith/store",
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
+            UnavailableError,
+            "could not be reached: cannot connect to http://127.0.0.1:1 (Connection refused)",
+        ),
+        (
+            "s3://tunesmith/store",
+            {"AWS_ENDPOINT_URL": "127.0.0.1:1"},
+            AccessDeniedError,
+            "AWS_ENDPOINT_URL of the environment is not an address: write http:// or https://",
+        ),
     ],
 )
 def test_errors_name_the_problem_and_the_fix(

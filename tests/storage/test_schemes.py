@@ -123,6 +123,15 @@ def test_an_incomplete_credential_is_refused_from_any_origin(origin: Origin) -> 
         Credentials({"AWS_ACCESS_KEY_ID": "id"}, "the place", origin).check_keys(BY_NAME["s3"])
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9000", "ftp://store", "http://", "http://[bad"])
+@pytest.mark.parametrize(("overridden", "source"), [(["AWS_ENDPOINT_URL"], "the environment"), ([], "the place")])
+def test_a_malformed_address_is_reported_with_its_source(address: str, overridden: list[str], source: str) -> None:
+    values = {**KEYS, "AWS_ENDPOINT_URL": address}
+    credentials = Credentials(values, "the place", Origin.STORE_SECRET, frozenset(overridden))
+    with pytest.raises(AccessDeniedError, match=f"^AWS_ENDPOINT_URL of {source} is not an address"):
+        credentials.check_keys(BY_NAME["s3"])
+
+
 @pytest.mark.parametrize(
     ("origin", "values", "ambient"),
     [

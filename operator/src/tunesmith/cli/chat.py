@@ -52,7 +52,8 @@ def chat(
     key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
     if key is None:
         raise CliError(
-            "set TUNESMITH_API_KEY (or OPENAI_API_KEY) to an API key: `tunesmith keys create NAME` creates one",
+            "set TUNESMITH_API_KEY (or OPENAI_API_KEY) to an API key: ask your platform team for one, or create it with"
+            " `tunesmith keys create NAME` if you may",
             Exit.USAGE,
         )
     options = {"max_tokens": max_tokens, "temperature": temperature}

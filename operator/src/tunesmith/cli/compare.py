@@ -54,7 +54,7 @@ def compare(
     print_table(("", *jobs), rows, empty="")
     lowest = best(models)
     if lowest is None:
-        note("The losses cannot be compared: not all jobs are complete, or their held-out rows differ.")
+        note(f"The losses cannot be compared: {incomparable(models)}.")
         return
     note(f"Lowest held-out loss: {lowest.metadata.name}")
     note(f"Next: tunesmith deploy {lowest.metadata.name} -n {lowest.metadata.namespace} --name ADAPTER")
@@ -132,17 +132,27 @@ def _shown(value: object) -> str:
 
 
 def best(jobs: list[FineTuneJob]) -> FineTuneJob | None:
-    """Return the job with the lowest held-out loss; None if a loss is missing or the held-out rows differ."""
-    losses = [
-        job.status.evaluation.loss if job.status.evaluation is not None and job.status.artifact is not None else None
-        for job in jobs
-    ]
+    """Return the job with the lowest held-out loss; None if the losses cannot be compared."""
+    losses = [(loss, job) for job in jobs if (loss := _held_out_loss(job)) is not None]
+    return None if incomparable(jobs) else min(losses, key=lambda entry: entry[0])[1]
+
+
+def incomparable(jobs: list[FineTuneJob]) -> str:
+    """Return the reason why the held-out losses of jobs cannot be compared; empty if they can."""
+    running = [job.metadata.name for job in jobs if job.status.artifact is None]
+    if running:
+        return f"{', '.join(running)} {'is' if len(running) == 1 else 'are'} not complete"
+    without = [job.metadata.name for job in jobs if _held_out_loss(job) is None]
+    if without:
+        return f"{', '.join(without)} {'has' if len(without) == 1 else 'have'} no held-out loss"
     held_out = [job.spec.dataset.validation for job in jobs]
     digests = {job.status.resolved.dataset_digest if job.status.resolved is not None else None for job in jobs}
     same = (held_out[0] and all(sources == held_out[0] for sources in held_out)) or (
         len(digests) == 1 and None not in digests
     )
-    known = [(loss, job) for loss, job in zip(losses, jobs, strict=True) if loss is not None]
-    if len(known) < len(jobs) or not same:
-        return None
-    return min(known, key=lambda entry: entry[0])[1]
+    return "" if same else "their held-out rows differ; name the same dataset.validation in all jobs"
+
+
+def _held_out_loss(job: FineTuneJob) -> float | None:
+    scores = job.status.evaluation
+    return scores.loss if scores is not None else None

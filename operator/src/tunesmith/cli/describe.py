@@ -81,7 +81,7 @@ def lines(resource: Resource) -> list[tuple[str, str]]:
         return found + _job(resource)
     message = waiting(resource)
     if message:
-        found.append(("waits for", message))
+        found.append(("reason", message))
     if isinstance(resource, AdapterDeployment):
         return found + _adapter(resource)
     return found + _of_pool(resource)
@@ -108,8 +108,14 @@ def _job(job: FineTuneJob) -> list[tuple[str, str]]:
     if status.artifact is not None:
         found += [("artifact", status.artifact.uri), ("digest", status.artifact.digest)]
         servable = status.artifact.servable
-        found.append(("servable", "by vLLM" if servable.vllm else f"no: {servable.reason}"))
+        rank = job.spec.method.published_rank
+        accepting = f", in pools that accept rank {rank}" if rank is not None else ""
+        found.append(("servable", f"by vLLM{accepting}" if servable.vllm else f"no: {servable.reason}"))
     return found
+
+
+def _pods(count: int) -> str:
+    return f"{count} pod{'' if count == 1 else 's'}"
 
 
 def _adapter(adapter: AdapterDeployment) -> list[tuple[str, str]]:
@@ -123,7 +129,7 @@ def _adapter(adapter: AdapterDeployment) -> list[tuple[str, str]]:
     found += [
         (
             "revision",
-            f"{revision.engine_name.rpartition('@')[2]}  {revision.state.value} on {revision.ready_replicas} pods",
+            f"{revision.engine_name.rpartition('@')[2]}  {revision.state.value} on {_pods(revision.ready_replicas)}",
         )
         for revision in status.revisions
     ]

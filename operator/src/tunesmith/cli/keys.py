@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.cli.connection import NAMESPACE_VARIABLE, connect
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line, print_table
-from tunesmith.cluster.errors import AlreadyExistsError
+from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError
 from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, KEY_PREFIX, ApiKey, key_record, new_key, parse_key_record
 from tunesmith.contracts.installation import DEFAULT_NAMESPACE as GATEWAY_NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _MAX_NAME = 200
+_DENIED_BY_ROLES = " cannot "
+"""Part of the API server's message if no role allows a request; quotas and admission rules have others."""
 _MAX_NAMESPACE = 63
 
 app = typer.Typer(no_args_is_help=True, help="API keys of the gateway. Only their hashes are kept.")
@@ -58,9 +64,10 @@ def create(
     _check("the name of a key", name, _NAME, _MAX_NAME)
     for other in [*([namespace] if namespace else []), *(allow_namespace or [])]:
         _check("a namespace", other, _NAMESPACE, _MAX_NAMESPACE)
-    asyncio.run(
-        _create(name, namespace, allow_namespace or [], model or [], gateway_namespace, output_format=output_format)
-    )
+    with _explained_denial(gateway_namespace):
+        asyncio.run(
+            _create(name, namespace, allow_namespace or [], model or [], gateway_namespace, output_format=output_format)
+        )
 
 
 @app.command("list")
@@ -71,7 +78,8 @@ def list_(
 
     Example: tunesmith keys list
     """
-    asyncio.run(_list(gateway_namespace, output_format))
+    with _explained_denial(gateway_namespace):
+        asyncio.run(_list(gateway_namespace, output_format))
 
 
 @app.command()
@@ -83,7 +91,21 @@ def delete(
 
     Example: tunesmith keys delete alice
     """
-    asyncio.run(_delete(name, gateway_namespace))
+    with _explained_denial(gateway_namespace):
+        asyncio.run(_delete(name, gateway_namespace))
+
+
+@contextmanager
+def _explained_denial(gateway_namespace: str) -> Iterator[None]:
+    try:
+        yield
+    except ForbiddenError as error:
+        if _DENIED_BY_ROLES not in str(error):
+            raise
+        raise CliError(
+            f"your role does not allow you to manage API keys, which are ConfigMaps in the namespace"
+            f" {gateway_namespace}: ask your platform team for a key"
+        ) from error
 
 
 def _check(what: str, value: str, pattern: re.Pattern[str], longest: int) -> None:

@@ -13,6 +13,7 @@ from tunesmith.cli.errors import CliError
 from tunesmith.cli.output import note
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.storage.credentials import Credentials, Origin, environment_credentials, secret_values
+from tunesmith.storage.errors import UnavailableError
 from tunesmith.storage.folder import Access, Retry, open_folder
 from tunesmith.storage.schemes import BY_NAME, split
 
@@ -42,8 +43,8 @@ async def find_credentials(uri: str, namespace: str | None) -> Credentials:
         secret = {key: base64.b64decode(value).decode(errors="replace").strip() for key, value in data.items()}
     if not secret:
         return environment
-    values = {**secret, **secret_values(os.environ)}
-    return Credentials(values, f"the Secret {STORE_SECRET}", Origin.STORE_SECRET)
+    own = secret_values(os.environ)
+    return Credentials({**secret, **own}, f"the Secret {STORE_SECRET}", Origin.STORE_SECRET, frozenset(own))
 
 
 def open_at(uri: str, credentials: Credentials, *, what: str) -> Folder:
@@ -52,9 +53,12 @@ def open_at(uri: str, credentials: Credentials, *, what: str) -> Folder:
     Raises:
         CliError: the uri is not that of a store, or the credentials cannot be used. Calls of the folder also raise it.
     """
-    return open_folder(
-        uri, credentials, Access(_RETRY, waiting=_waiting, native=True, failure=_as_cli_error), what=what
-    )
+
+    def as_cli_error(error: StorageError) -> CliError:
+        return CliError(f"{error}{_hint(error, uri, credentials)}")
+
+    access = Access(_RETRY, waiting=_waiting, native=True, failure=as_cli_error)
+    return open_folder(uri, credentials, access, what=what)
 
 
 def _waiting(message: str | None) -> None:
@@ -62,7 +66,12 @@ def _waiting(message: str | None) -> None:
         note(message)
 
 
-def _as_cli_error(error: StorageError) -> CliError:
-    return CliError(
-        f"{error} (keys are read from the environment, otherwise from the namespace's Secret {STORE_SECRET})"
-    )
+def _hint(error: StorageError, uri: str, credentials: Credentials) -> str:
+    scheme = BY_NAME.get(split(uri)[0])
+    endpoint = scheme.endpoint_of(credentials.values) if scheme is not None else None
+    if isinstance(error, UnavailableError) and endpoint is not None:
+        key, source = endpoint[0], credentials.source_of(endpoint[0])
+        if credentials.origin is Origin.STORE_SECRET and key not in credentials.overridden:
+            return f"; set {key} if the address in {source} is reachable only inside the cluster"
+        return f"; check {key} of {source}"
+    return f" (keys are read from the environment, otherwise from the namespace's Secret {STORE_SECRET})"

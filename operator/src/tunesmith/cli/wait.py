@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster
     from tunesmith.cluster.resources import Object
 
-_FINAL = {AdapterDeploymentReason.FINE_TUNE_JOB_FAILED, AdapterDeploymentReason.NOT_SERVABLE}
-"""Reasons of `Resolved` that persist until the spec is changed."""
+_FINAL = {
+    AdapterDeploymentReason.FINE_TUNE_JOB_FAILED,
+    AdapterDeploymentReason.NOT_SERVABLE,
+    AdapterDeploymentReason.RANK_TOO_HIGH,
+}
+"""Reasons of `Resolved` that persist until somebody changes the adapter or its pool."""
 
 
 def wait(
@@ -113,7 +117,7 @@ def serves(resource: AdapterDeployment | ServingPool) -> bool:
 
 
 def final_failure(resource: AdapterDeployment | ServingPool) -> str | None:
-    """Return the reason why the resource cannot serve without a change by the user; None if it still can."""
+    """Return the reason why the resource cannot serve until somebody changes it or its pool; None if it still can."""
     status = resource.status
     if (status.observed_generation or 0) < resource.metadata.generation or not isinstance(resource, AdapterDeployment):
         return None

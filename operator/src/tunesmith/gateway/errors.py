@@ -71,7 +71,7 @@ def missing_key() -> ApiError:
     return ApiError(
         HTTPStatus.UNAUTHORIZED,
         "You didn't provide an API key. Send it in the header `Authorization: Bearer <key>`;"
-        " `tunesmith keys create` creates one.",
+        " ask your platform team for one (they create it with `tunesmith keys create`).",
         code="missing_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
@@ -81,7 +81,8 @@ def invalid_key() -> ApiError:
     """401: the key is unknown. The message does not repeat it."""
     return ApiError(
         HTTPStatus.UNAUTHORIZED,
-        "Incorrect API key provided. `tunesmith keys list` lists the existing keys.",
+        "Incorrect API key provided. Ask your platform team for a key (they list the existing ones with"
+        " `tunesmith keys list`).",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
@@ -113,7 +114,7 @@ def model_forbidden(model: str) -> ApiError:
     return ApiError(
         HTTPStatus.FORBIDDEN,
         f"Your API key may not call the model `{model}`."
-        f" `tunesmith keys create NAME --model {model}` creates one that may.",
+        f" Ask your platform team for one that may (`tunesmith keys create NAME --model {model}`).",
         code="model_forbidden",
         param="model",
     )

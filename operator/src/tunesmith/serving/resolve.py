@@ -101,7 +101,7 @@ def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store:
 def _progress(job: FineTuneJob) -> str:
     phase = job.status.phase or "Pending"
     progress = job.status.progress
-    if progress is None or progress.stage is None:
+    if progress is None or progress.stage is None or progress.stage == phase:
         return str(phase)
     if progress.step is None or not progress.total_steps:
         return f"{phase} ({progress.stage})"
@@ -211,8 +211,8 @@ def _if_rank_accepted(pool: ServingPool | Unresolved, rank: int | None) -> Servi
     name, max_rank = f"{pool.metadata.namespace}/{pool.metadata.name}", pool.spec.engine.max_lora_rank
     return Unresolved(
         Reason.RANK_TOO_HIGH,
-        f"the adapter has rank {rank} and ServingPool {name} loads ranks up to {max_rank}: raise its "
-        "engine.maxLoraRank, name another pool in spec.pool, or train with a lower rank",
+        f"the adapter has rank {rank} and ServingPool {name} loads ranks up to {max_rank}: train with "
+        "a lower rank, name another pool in spec.pool, or ask for a pool with a higher engine.maxLoraRank",
     )
 
 

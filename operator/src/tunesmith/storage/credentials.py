@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote, quote_plus, urlsplit
 
 from tunesmith.storage.errors import AccessDeniedError, CredentialsMissingError
 from tunesmith.storage.schemes import GOOGLE_KEY, STORE_KEYS
@@ -59,11 +59,17 @@ class Credentials:
         values: by key.
         source: source for messages, such as "the Secret mine".
         origin: kind of source.
+        overridden: keys whose values are those of the environment instead.
     """
 
     values: Mapping[str, str]
     source: str
     origin: Origin
+    overridden: frozenset[str] = frozenset()
+
+    def source_of(self, key: str) -> str:
+        """Return the source of a key for messages."""
+        return "the environment" if key in self.overridden else self.source
 
     def check_values(self) -> None:
         """Check that a store could have issued the values, before a library puts them into a message.
@@ -72,7 +78,7 @@ class Credentials:
             AccessDeniedError: a value is malformed.
         """
         for key in STORE_KEYS:
-            sentence = malformed(key, self.values.get(key, ""), self.source)
+            sentence = malformed(key, self.values.get(key, ""), self.source_of(key))
             if sentence is not None:
                 raise AccessDeniedError(sentence)
 
@@ -87,8 +93,14 @@ class Credentials:
 
         Raises:
             CredentialsMissingError: a key is missing.
-            AccessDeniedError: a value cannot be a credential.
+            AccessDeniedError: a value cannot be a credential, or the server's address is malformed.
         """
+        endpoint = scheme.endpoint_of(self.values)
+        if endpoint is not None and not _is_address(endpoint[1]):
+            raise AccessDeniedError(
+                f"{endpoint[0]} of {self.source_of(endpoint[0])} is not an address: write http:// or https://, and the"
+                " host with its port"
+            )
         given = {key for keys in scheme.credentials for key in keys if self.values.get(key)}
         named = self.origin is Origin.SECRET
         if named and scheme.credentials and not any(self.values.get(key) for key in scheme.keys):
@@ -111,6 +123,14 @@ class Credentials:
         instead = f", or use {' or '.join(others)} instead" if others else ""
         has = " and ".join(key for key in keys if key in given)
         return f"{self.source} has {has} and no {' and no '.join(missing)}: add the key{instead}"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in {"http", "https"} and bool(parts.hostname)
 
 
 def unusable(scheme: Scheme, credentials: Credentials, fault: str) -> str:

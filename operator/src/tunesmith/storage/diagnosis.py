@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _MAX_DESCRIPTION = 300
 _NATIVE_DENIED = re.compile(rf"\b40[13] |<Code>({'|'.join(sorted(DENIED_S3_CODES))}|AuthenticationFailed)</Code>")
+_NATIVE_CONNECT = "kind: Connect,"
+_NATIVE_CAUSE = re.compile(r'(?:message|error): "([^"]*)"')
+_NATIVE_DEBUG = "Debug source:"
+"""Begins the part of obstore's messages that has its structures in Rust's format."""
 _NATIVE_MISSING = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>|\b404 ")
 
 
@@ -56,14 +60,16 @@ def diagnose(error: Exception, target: Target, tries: int) -> StorageError:
     if scheme.invalid(error) or _invalid(error):
         return InvalidUriError(f"the store does not accept the uri of {name}: {describe(error)}")
     tried = f", tried {tries} times" if tries > 1 else ""
-    return UnavailableError(f"{name} could not be reached{tried}: {describe(error)}{server}")
+    cause = _no_connection(error, target) or describe(error)
+    return UnavailableError(f"{name} could not be reached{tried}: {cause}{server}")
 
 
 def describe(error: Exception) -> str:
     """Return an exception's message in one line of at most 300 characters."""
     name = type(error).__name__
     kind = name if not str(error) or "botocore" in type(error).__module__ else ""
-    return " ".join(f"{kind} {error}".split())[:_MAX_DESCRIPTION] or name
+    text = str(error).partition(_NATIVE_DEBUG)[0] if _is_native(error) else str(error)
+    return " ".join(f"{kind} {text}".split())[:_MAX_DESCRIPTION] or name
 
 
 def _default_server(target: Target) -> str:
@@ -75,6 +81,16 @@ def _default_server(target: Target) -> str:
         f"; {credentials.source} has no {scheme.endpoint[0]}, so {scheme.default_server} was used: add it if the store"
         " is on another server"
     )
+
+
+def _no_connection(error: Exception, target: Target) -> str:
+    """Return a sentence for an obstore exception that means that no connection was made; empty for others."""
+    if not _is_native(error) or _NATIVE_CONNECT not in str(error):
+        return ""
+    endpoint = target.scheme.endpoint_of(target.credentials.values)
+    server = endpoint[1] if endpoint is not None else target.scheme.default_server or "the store"
+    causes = _NATIVE_CAUSE.findall(str(error))
+    return f"cannot connect to {server}" + (f" ({causes[-1]})" if causes else "")
 
 
 def _denied(error: BaseException) -> bool:

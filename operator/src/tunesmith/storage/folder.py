@@ -611,7 +611,7 @@ class Folder:
     def _attempt(self, operation: Callable[[], T], name: str = "") -> T:
         where = self._where(name)
         endpoint = self._scheme.endpoint_of(self._credentials.values)
-        server = f"{endpoint[0]} of {self._credentials.source}, for {where}," if endpoint else where
+        server = f"{endpoint[0]} of {self._credentials.source_of(endpoint[0])}, for {where}," if endpoint else where
         target = Target(where, self._path.split("/", 1)[0], self._scheme, self._credentials)
         return attempt(operation, lambda error, tries: diagnose(error, target, tries), self._access, server)
 
