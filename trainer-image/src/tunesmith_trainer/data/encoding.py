@@ -248,8 +248,7 @@ class Encoder:
             loss_on = LossOn.COMPLETION if row.form is RowForm.INSTRUCTION else LossOn.ASSISTANT_TURNS
         learned = _learned(value["messages"], loss_on, before)
         texts = self._template.texts(value, learned, row.where)
-        answers = [chat.text[start:end] for chat in texts for start, end in chat.learned]
-        self._parts.require_all(value, learned, row.where, answers=answers if learned else (), split=len(texts) > 1)
+        self._parts.require_all(value, learned, row.where, texts)
         return texts
 
     def _tokens(self, texts: Sequence[str], *, special: bool) -> Iterable[tuple[list[int], Offsets]]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tunesmith_trainer.data.template import RowRejectedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
-    from tunesmith_trainer.data.template import Chat, ChatTemplate
+    from tunesmith_trainer.data.template import Chat, ChatTemplate, ChatText
 
 _MAX_SHAPES = 10_000
 """Number of shapes of chats whose result is kept."""
@@ -52,48 +52,46 @@ class PartCheck:
         self._template = template
         self._omitted: dict[Any, list[_Part] | None] = {}
 
-    def require_all(
-        self, chat: Chat, learned: Sequence[int] | None, where: str, *, answers: Iterable[str] = (), split: bool = False
-    ) -> None:
+    def require_all(self, chat: Chat, learned: Sequence[int] | None, where: str, texts: Sequence[ChatText]) -> None:
         """Raise RowRejectedError if a part of a chat is not rendered where it is needed.
 
         Args:
             chat: a chat that the template renders.
             learned: numbers of the messages that are learned; None: the whole text is.
             where: file and line of the row.
-            answers: texts of these messages.
-            split: True if the messages are not all learned in one text.
+            texts: the texts in which they are learned.
         """
-        shape = (_shape(chat), None if learned is None else tuple(learned), split)
+        shape = (_shape(chat), None if learned is None else tuple(learned))
         if shape not in self._omitted:
             if len(self._omitted) >= _MAX_SHAPES:
                 self._omitted.clear()
-            self._omitted[shape] = self._omitted_in_shape(chat, learned, split=split)
+            self._omitted[shape] = self._omitted_in_shape(chat, learned)
         omitted = self._omitted[shape]
         if omitted is None:
-            omitted = self._missing(*_taken_apart(chat, str), learned, split=split)
-        for number, text in zip(learned or (), answers, strict=False):
-            message = chat["messages"][number]
-            own = [_Part(number, f"'{key}'", message.get(key) or "") for key in ("content", "reasoning_content")]
-            omitted = omitted or [part for part in own if not _shows(text, part.text)]
+            omitted = self._missing(*_taken_apart(chat, str), learned)
+        for text in () if omitted else texts:
+            for number, (start, end) in zip(text.messages, text.learned, strict=False):
+                message = chat["messages"][number]
+                own = [_Part(number, f"'{key}'", message.get(key) or "") for key in ("content", "reasoning_content")]
+                omitted = omitted or [part for part in own if not _shows(text.text[start:end], part.text)]
         if omitted:
             place = omitted[0].message
             message = "" if place is None else f"message {place + 1} ({chat['messages'][place]['role']}): "
             raise RowRejectedError(f"{where}: {message}{omitted[0].what} is not rendered by {self._template.name}")
 
-    def _omitted_in_shape(self, chat: Chat, learned: Sequence[int] | None, *, split: bool) -> list[_Part] | None:
+    def _omitted_in_shape(self, chat: Chat, learned: Sequence[int] | None) -> list[_Part] | None:
         """Return the parts that are not rendered in chats of this shape; None if the shape alone does not decide it."""
         numbers = itertools.count()
         try:
-            return self._missing(*_taken_apart(chat, lambda _: f"zq{next(numbers)}part"), learned, split=split)
+            return self._missing(*_taken_apart(chat, lambda _: f"zq{next(numbers)}part"), learned)
         except RowRejectedError:
             return None
 
-    def _missing(self, chat: Chat, parts: list[_Part], learned: Sequence[int] | None, *, split: bool) -> list[_Part]:
-        if not split or learned is None:
-            whole = self._template.render(chat, "")
+    def _missing(self, chat: Chat, parts: list[_Part], learned: Sequence[int] | None) -> list[_Part]:
+        texts = self._template.texts(chat, learned, "")
+        if len(texts) == 1 or learned is None:
             needed = (part for part in parts if not part.reasoning or learned is None or part.message in learned)
-            return [part for part in needed if not _shows(whole, part.text)]
+            return [part for part in needed if not _shows(texts[0].text, part.text)]
         missing = []
         for number in learned:
             prompt, answer = self._template.answer(chat, number, "")

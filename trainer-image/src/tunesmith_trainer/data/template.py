@@ -28,6 +28,8 @@ PROBE = "zq0qz"
 """Text of a made-up message that follows an answer; no chat contains it."""
 _TAIL = 4
 """Characters by which the end of an answer is found in a text that renders its start differently."""
+_CONTEXT = 32
+"""Characters before an answer by which its start is found in a text that begins in another way."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATE_FAULTS = (
     TemplateError,
@@ -53,12 +55,14 @@ class ChatText:
     Args:
         text: the text of the chat.
         learned: spans of the answers that are learned, ascending.
+        messages: number of the message of each of these answers.
         closing: end token of the last of these answers if the text does not contain it: some templates write it only as
             the start of the next message. Empty if there is no such token.
     """
 
     text: str
     learned: list[Span]
+    messages: Sequence[int] = ()
     closing: str = ""
 
 
@@ -67,6 +71,7 @@ class _Answer:
     """An answer after the prompt that an engine receives for it.
 
     Args:
+        number: number of its message.
         prompt: text of the messages before it, up to the start of the answer.
         through: text of the messages up to and including it, while it is the newest one.
         end: end of the generated text in `through`.
@@ -74,6 +79,7 @@ class _Answer:
         closing: as in `ChatText`.
     """
 
+    number: int
     prompt: str
     through: str
     end: int
@@ -139,26 +145,29 @@ class ChatTemplate:
         if learned is None:
             text = self.render(chat, where)
             return [ChatText(text, [(0, len(text))])]
-        if self._marked:
-            return [self._marked_text(chat, learned, where)]
-        whole = self.render(chat, where)
-        texts: list[tuple[str, list[_Answer]]] = [(whole, [])]
-        for number in reversed(learned):
-            answer = self._answer(chat, number, whole, where)
-            placed = next((answers for text, answers in texts if self._fits(answer, text)), None)
+        answers = [self._answer(chat, number, where) for number in reversed(learned)]
+        newest = len(learned) > 0 and learned[-1] == len(chat["messages"]) - 1
+        texts: list[tuple[str, list[_Answer]]] = [(answers[0].through if newest else self.render(chat, where), [])]
+        for answer in answers:
+            placed = next((others for text, others in texts if self._fits(answer, text)), None)
             if placed is None:
                 texts.append((answer.through, [answer]))
             else:
                 placed.insert(0, answer)
         return [
-            ChatText(text, [self._with_end(text, answer.span) for answer in answers], answers[-1].closing)
-            for text, answers in reversed(texts)
-            if answers
-        ] or [ChatText(whole, [])]
+            ChatText(
+                text,
+                [self._with_end(text, answer.span) for answer in placed],
+                [answer.number for answer in placed],
+                placed[-1].closing,
+            )
+            for text, placed in reversed(texts)
+            if placed
+        ] or [ChatText(texts[0][0], [])]
 
     def answer(self, chat: Chat, number: int, where: str) -> tuple[str, str]:
         """Return the prompt that an engine receives for an answer of a chat, and the text that it then generates."""
-        answer = self._answer(chat, number, None, where)
+        answer = self._answer(chat, number, where)
         return answer.prompt, answer.through[len(answer.prompt) : answer.end]
 
     def prompt(self, chat: Chat, where: str) -> str:
@@ -173,23 +182,6 @@ class ChatTemplate:
             RowRejectedError: the template rejects the chat.
         """
         return str(self._rendered(chat, where, prompt=prompt, marked=False)[0][0])
-
-    @property
-    def marked(self) -> bool:
-        """True if the template marks the answers with `{% generation %}`."""
-        return self._marked
-
-    def _marked_text(self, chat: Chat, learned: Sequence[int], where: str) -> ChatText:
-        turns = [number for number, message in enumerate(chat["messages"]) if message["role"] == "assistant"]
-        texts, (marks,) = self._rendered(chat, where, prompt=False, marked=True)
-        if len(marks) != len(turns):
-            raise InvalidSpecError(
-                f"{where}: {self.name} marks {len(marks)} passages with {{% generation %}} for {len(turns)}"
-                " answers of the assistant: put the marks around the content of every answer"
-            )
-        spans = [marks[turns.index(number)] for number in learned]
-        text = str(texts[0])
-        return ChatText(text, [self._with_end(text, (int(start), int(end))) for start, end in spans])
 
     def _rendered(self, chat: Chat, where: str, *, prompt: bool, marked: bool) -> Any:  # noqa: ANN401 - of transformers
         if self._text is None:
@@ -232,36 +224,62 @@ class ChatTemplate:
                 self._renders_developer = False
         return self._renders_developer
 
-    def _answer(self, chat: Chat, number: int, whole: str | None, where: str) -> _Answer:
-        """Locate the answer of a message, between the prompt for it and the first token that ends it.
-
-        Args:
-            chat: the chat.
-            number: number of the message.
-            whole: text of the whole chat, if it is known.
-            where: file and line of the row.
-        """
-        messages = chat["messages"]
-        prompt = self.prompt(chat | {"messages": messages[:number]}, where)
-        newest = chat | {"messages": messages[: number + 1]}
-        through = self.render(newest, where) if whole is None or number + 1 < len(messages) else whole
+    def _answer(self, chat: Chat, number: int, where: str) -> _Answer:
+        """Locate the answer of a message, between the prompt for it and the first token that ends it."""
+        newest = chat | {"messages": chat["messages"][: number + 1]}
+        if self._marked:
+            return self._marked_answer(newest, where)
+        earlier = chat | {"messages": chat["messages"][:number]}
+        prompt, through = self.prompt(earlier, where), self.render(newest, where)
         if not through.startswith(prompt):
-            raise InvalidSpecError(
-                f"{where}: {self.name} renders the question differently when an answer follows, so the answer cannot"
-                " be located: set a dataset.chatTemplate with {% generation %} and {% endgeneration %} around the"
-                " answer, or learn the whole text with dataset.lossOn AllTokens"
-            )
+            through = prompt + self._moved_answer(earlier, prompt, through, where)
         ends = [match.end() for match in self._ends.finditer(through, len(prompt))]
         if len(ends) == 1:
-            return _Answer(prompt, through, ends[0], ended=True)
+            return _Answer(number, prompt, through, ends[0], ended=True)
         following = self._continued(newest, where)
         if not ends:
-            return _Answer(prompt, through, len(through), ended=False, closing=self._closing(through, following))
+            closing = self._closing(through, following)
+            return _Answer(number, prompt, through, len(through), ended=False, closing=closing)
         # Text that differs as soon as another message follows ends the chat, not the answer; unless the answer has no
         # other end.
         shared = _shared_length(through, following)
         within = [end for end in ends if end <= shared]
-        return _Answer(prompt, through, within[-1] if within else next(end for end in ends if end > shared), ended=True)
+        end = within[-1] if within else next(end for end in ends if end > shared)
+        return _Answer(number, prompt, through, end, ended=True)
+
+    def _marked_answer(self, chat: Chat, where: str) -> _Answer:
+        """Locate the last answer of a chat by the template's marks."""
+        texts, (marks,) = self._rendered(chat, where, prompt=False, marked=True)
+        turns = sum(message["role"] == "assistant" for message in chat["messages"])
+        if len(marks) != turns:
+            raise InvalidSpecError(
+                f"{where}: {self.name} marks {len(marks)} passages with {{% generation %}} for {turns} answers of the"
+                " assistant: put the marks around the content of every answer"
+            )
+        text = str(texts[0])
+        start, end = self._with_end(text, (int(marks[-1][0]), int(marks[-1][1])))
+        return _Answer(len(chat["messages"]) - 1, text[:start], text, end, ended=True)
+
+    def _moved_answer(self, earlier: Chat, prompt: str, through: str, where: str) -> str:
+        """Return the answer of a text that begins in another way than the prompt for the answer.
+
+        Some templates omit the reasoning of a tool call as soon as the final answer follows.
+
+        Args:
+            earlier: the messages before the answer.
+            prompt: their text, up to the start of the answer.
+            through: their text with the answer.
+            where: file and line of the row.
+        """
+        before = self.render(earlier, where)
+        start = prompt[max(0, len(before) - _CONTEXT) :]
+        if len(before) < len(prompt) and prompt.startswith(before) and through.count(start) == 1:
+            return through[through.index(start) + len(start) :]
+        raise InvalidSpecError(
+            f"{where}: {self.name} renders the question differently when an answer follows, so the answer cannot be"
+            " located: set a dataset.chatTemplate with {% generation %} and {% endgeneration %} around the answer, or"
+            " learn the whole text with dataset.lossOn AllTokens"
+        )
 
     def _continued(self, chat: Chat, where: str) -> str:
         """Return the text of a chat with a made-up message after it; of the chat if the template rejects that one."""
