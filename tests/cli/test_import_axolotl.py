@@ -233,6 +233,7 @@ KINDS = {
         num_epochs: 4
         warmup_steps: 10
         cosine_min_lr_ratio: 0.1
+        early_stopping_patience: 4
         bfloat16: false
         fp16: true
         """,
@@ -243,6 +244,7 @@ KINDS = {
                 "columns": {"text": "body"},
             },
             "hyperparameters": {"maxSteps": 200, "warmupSteps": 10, "minLearningRateRatio": 0.1, "batchSize": 2},
+            "evaluation": {"earlyStopping": {"patience": 4, "minDelta": 0.0}},
         },
         omitted=frozenset({"load_in_8bit", "fp16"}),
     ),

@@ -30,7 +30,7 @@ def test_scoring_during_training_does_not_change_the_result(bench: Workbench) ->
     curves, weights = [], []
     for every in (2, 100):
         output = bench.folder / f"every-{every}"
-        job = bench.job(hyperparameters=hyper, method=method, evaluation={"everySteps": every})
+        job = bench.job(hyperparameters=hyper, method=method, evaluation={"everySteps": every, "publish": "Last"})
         ran = bench.run("train", job, output=str(output))
         assert ran.code == 0, ran.result.message
         with (output / "metrics.csv").open() as file:
