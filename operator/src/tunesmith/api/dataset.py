@@ -14,6 +14,7 @@ from tunesmith.storage.schemes import Use, prefixes
 
 DEFAULT_VALIDATION_FRACTION = 0.1
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
+SplitName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[-a-zA-Z0-9_.]+$")]
 
 
 class DataFormat(StrEnum):
@@ -41,6 +42,7 @@ class Overlong(StrEnum):
 
     DROP = "Drop"
     TRUNCATE = "Truncate"
+    CHUNK = "Chunk"
     ERROR = "Error"
 
 
@@ -78,6 +80,12 @@ class DatasetSource(ApiModel):
         f"after those of text formats. A data set of the Hub is hf://datasets/org/name[@revision]/…; "
         f"{prefixes(Use.DATA)}, in a local run also file://. https:// names one file.",
     )
+    split: SplitName | None = Field(
+        default=None,
+        description="Split to read, if the names of the files or folders distinguish several, such as train and test. "
+        "Absent: for dataset.train the training split; otherwise the validation split, or the test split if there is "
+        "none. status.preflight.sources lists the splits that were not read.",
+    )
     secret_ref: SecretReference | None = Field(
         default=None, description="Credentials for the uri. Absent: those of the store."
     )
@@ -99,8 +107,19 @@ class Columns(ApiModel):
     """Column names in the files. An absent one is the name of its field."""
 
     messages: ColumnName | None = Field(default=None, description="List of messages.")
+    system: ColumnName | None = Field(
+        default=None,
+        description="System prompt of the chat; optional. Prompts and answers that are texts become chats.",
+    )
+    history: ColumnName | None = Field(
+        default=None,
+        description="Earlier turns of the chat, as messages or as pairs of question and answer; optional. Prompts and "
+        "answers that are texts become chats.",
+    )
     tools: ColumnName | None = Field(default=None, description="Tools that a chat may call, as JSON schemas.")
-    prompt: ColumnName | None = Field(default=None, description="Prompt: text or messages.")
+    prompt: ColumnName | None = Field(
+        default=None, description="Prompt: text or messages. Of pairs optional: the common beginning of both answers."
+    )
     completion: ColumnName | None = Field(default=None, description="Answer: text or messages.")
     instruction: ColumnName | None = Field(default=None, description="Instruction.")
     input: ColumnName | None = Field(default=None, description="Input of the instruction; optional.")
@@ -108,7 +127,7 @@ class Columns(ApiModel):
     text: ColumnName | None = Field(default=None, description="Text.")
     chosen: ColumnName | None = Field(default=None, description="Preferred answer: text or messages.")
     rejected: ColumnName | None = Field(default=None, description="Rejected answer: text or messages.")
-    label: ColumnName | None = Field(default=None, description="True if the completion is desirable.")
+    label: ColumnName | None = Field(default=None, description="True or 1 if the completion is desirable.")
 
 
 class Dataset(ApiModel):
@@ -129,6 +148,12 @@ class Dataset(ApiModel):
                 or (self.loss_on in {None, LossOn.ALL_TOKENS} and self.chat_template is None)
             ),
         ),
+        Rule(
+            "self.overlong != 'Chunk' || self.format in ['Auto', 'Text']",
+            "dataset.overlong Chunk splits texts into several rows and needs dataset.format Text: use Drop or Truncate "
+            "for rows with an answer",
+            lambda self: self.overlong is not Overlong.CHUNK or self.format in {DataFormat.AUTO, DataFormat.TEXT},
+        ),
     )
 
     train: list[TrainingSource] = Field(
@@ -148,8 +173,8 @@ class Dataset(ApiModel):
         default=DataFormat.AUTO,
         description="Format of the rows, by their fields. Messages: messages (and tools). PromptCompletion: prompt, "
         "completion. Instruction: instruction, input, output, rendered as a chat. Text: text. Preference: prompt, "
-        "chosen, rejected. UnpairedPreference: prompt, completion, label. Auto: detected from the first row of each "
-        "source.",
+        "chosen, rejected. UnpairedPreference: prompt, completion, label. All except Text: also system and history. "
+        "Auto: detected from the first row of each source.",
     )
     columns: Columns | None = Field(
         default=None, description="Names of the columns, if they differ from the fields' names."
@@ -172,13 +197,14 @@ class Dataset(ApiModel):
     overlong: Overlong = Field(
         default=Overlong.DROP,
         description="Handling of rows with more than maxLength tokens. Drop: drop the row. Truncate: remove the end, "
-        "and drop the row if no trained token is left. Error: fail the job. Counted in status.preflight.",
+        "and drop the row if no trained token is left. Chunk: split a text (format Text) into rows of about equal "
+        "length. Error: fail the job. Counted in status.preflight.",
     )
     unusable: UnusableRows = Field(
         default=UnusableRows.DROP,
-        description="Handling of rows that cannot be decoded, lack required text, or have a part that the chat "
-        "template does not render. Drop: drop the row and count it, with examples, in status.preflight; the job fails "
-        "if they are at least half of a data set. Error: fail the job.",
+        description="Handling of rows that cannot be decoded, lack required text, are incomplete chats, or have a part that "
+        "the chat template does not render. Drop: drop the row and count it, with examples, in status.preflight; the job "
+        "fails if they are at least half of a data set. Error: fail the job.",
     )
     duplicates: DuplicateRows = Field(
         default=DuplicateRows.DROP,

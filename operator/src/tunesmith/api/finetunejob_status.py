@@ -129,6 +129,7 @@ class DropReason(StrEnum):
     UNDECODABLE = "Undecodable"
     NULL = "Null"
     EMPTY = "Empty"
+    INCOMPLETE = "Incomplete"
     DUPLICATE = "Duplicate"
     OVERLONG = "Overlong"
     NO_TARGET = "NoTarget"
@@ -139,10 +140,12 @@ class DroppedRows(StatusModel):
     """Rows that were dropped for one reason."""
 
     reason: DropReason = Field(
-        description="Reason for dropping the rows. Undecodable: not JSON, not UTF-8, or a wrong number of cells. Null, "
-        "Empty: required text is null or empty. Duplicate: repeats an earlier row. Overlong: more than maxLength "
-        "tokens. NoTarget: no token contributes to the loss. NotRendered: the chat template rejects the row, or does "
-        "not render a part of it (reasoning of a learned answer, a tool call, tools, a name, system text)."
+        description="Reason for dropping the rows. Undecodable: not JSON, not UTF-8, half of a surrogate pair, or a "
+        "wrong number of cells. Null, Empty: required text is null or empty. Incomplete: a chat that does not end with "
+        "an answer or begins with one, or a pair without a common prompt. Duplicate: repeats an earlier row. Overlong: "
+        "more than maxLength tokens. NoTarget: no token contributes to the loss. NotRendered: the chat template rejects "
+        "the row, or does not render a part of it (reasoning of a learned answer, a tool call, tools, a name, system "
+        "text)."
     )
     rows: Count = Field(description="Number of dropped rows.")
     examples: list[Annotated[str, Field(max_length=256)]] | None = Field(
@@ -174,6 +177,30 @@ class AlsoTrained(StatusModel):
             f"{self.rows} of {self.scored_rows} {which} {are} also trained on, so {scores} the adapter: remove them "
             f"from {source} or from dataset.train"
         )
+
+
+class IgnoredKey(StatusModel):
+    """A key of messages that is not used."""
+
+    key: str = Field(max_length=64, description="Name of the key.")
+    messages: int = Field(ge=1, description="Number of messages with a value for it.")
+
+
+class ReadSource(StatusModel):
+    """Files of a source of dataset.train or dataset.validation."""
+
+    uri: str = Field(max_length=256, description="uri of the source, shortened in the middle if it is longer.")
+    files: Count = Field(description="Number of files that were read.")
+    names: list[Annotated[str, Field(max_length=256)]] | None = Field(
+        default=None, max_length=3, description="First of these files."
+    )
+    rows: Count = Field(description="Number of their rows that are used, each counted once.")
+    split: str | None = Field(
+        default=None, max_length=128, description="Split that was read. Absent: the source has no splits."
+    )
+    skipped_splits: list[Annotated[str, Field(max_length=128)]] | None = Field(
+        default=None, max_length=8, description="First other splits of the source, which were not read. Absent: none."
+    )
 
 
 class ServableStatus(StatusModel):
@@ -215,6 +242,23 @@ class Preflight(StatusModel):
         default=None,
         description="Number of rows that these chats became, each with the prompt that an engine receives. Absent: no "
         "chat.",
+    chunked_rows: Count | None = Field(
+        default=None,
+        description="Number of texts with more than maxLength tokens that were split; their parts are counted in rows. "
+        "Absent: overlong is not Chunk.",
+    )
+    ignored_keys: list[IgnoredKey] | None = Field(
+        default=None, max_length=8, description="Keys of messages that are not used, the most frequent first."
+    )
+    files: Count | None = Field(default=None, description="Number of data files that were read.")
+    skipped_files: Count | None = Field(
+        default=None, description="Number of data files of other splits, which were not read. Absent: none."
+    )
+    sources: list[ReadSource] | None = Field(
+        default=None,
+        max_length=8,
+        description="First sources of dataset.train, followed by those of dataset.validation, with the files and the "
+        "split that were read.",
     )
     packed_sequences: Count | None = Field(
         default=None, description="Number of sequences into which the training rows are packed. Absent without packing."

@@ -177,6 +177,9 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
         "rows",
         f"{counted.rows} to train on, {counted.validation_rows} held out, {counted.dropped_rows or 0} dropped",
     )
+    for source in counted.sources or []:
+        if source.skipped_splits:
+            yield "  split", f"{source.split or 'rows'} of {source.uri}, not {', '.join(source.skipped_splits)}"
     for dropped in counted.dropped or []:
         example = f", such as {dropped.examples[0]}" if dropped.examples else ""
         yield f"  {dropped.reason}", f"{dropped.rows}{example}"
@@ -187,6 +190,10 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
         yield "  split", f"{counted.split_chats} chats into {counted.split_rows} rows"
     if counted.truncated_rows:
         yield "  truncated", f"{counted.truncated_rows}"
+    if counted.chunked_rows:
+        yield "  split", f"{counted.chunked_rows} texts longer than maxLength"
+    if counted.ignored_keys:
+        yield "  ignored keys", ", ".join(f"{ignored.key} ({ignored.messages})" for ignored in counted.ignored_keys)
     packed = f", in {counted.packed_sequences} packed sequences" if counted.packed_sequences is not None else ""
     yield "tokens", f"{counted.tokens}, {counted.target_tokens} of them learned{packed}"
     if resolved is not None:

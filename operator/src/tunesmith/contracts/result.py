@@ -166,7 +166,7 @@ def _short_texts(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def _short_preflight(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    return _short_texts(_without("dropped", "alsoTrained", "peakParts")(value))
+    return _short_texts(_without("dropped", "alsoTrained", "ignoredKeys", "sources", "peakParts")(value))
 
 
 def _own_metrics(metrics: dict[str, float]) -> dict[str, float]:
@@ -187,7 +187,7 @@ _ALWAYS = frozenset({"outcome", "reason", "retryable", "lostPeer", "resumedFromS
 _FIELDS = (
     _Field("artifact", short=_short_texts),
     _Field("exports", short=_short_texts),
-    _Field("preflight", full=_without("examples"), short=_short_preflight),
+    _Field("preflight", full=_without("examples", "sources"), short=_short_preflight),
     _Field("resolved", short=_without("targetModules")),
     _Field("evaluation", full=_without("gates", "failures", "scores")),
     _Field("evaluation.gates", short=_without("min", "max")),
@@ -196,6 +196,7 @@ _FIELDS = (
     _Field("message"),
     _Field("evaluation.scores"),  # evaluation.json in the artifact has all of them
     _Field("metrics"),
+    _Field("preflight", full=_without("examples", "names")),
     _Field("preflight"),
 )
 """Fields in the order of their priority. A field that is listed again replaces its earlier form."""

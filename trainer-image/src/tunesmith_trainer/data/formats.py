@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import itertools
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
@@ -25,6 +27,18 @@ _MAX_RECORD_BYTES = 64 * 2**20
 _CHUNK = 2**20
 _BATCH = 512
 _BOM = b"\xef\xbb\xbf"
+_OTHER_BOMS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order marks of other encodings; that of UTF-32 begins with that of UTF-16."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ANNEX_POINTER = b"/annex/objects/"
+_DELIMITERS = ",;\t|"
+_SEPARATOR_LINE = re.compile(r"sep=(.)\s*")
+"""First line that names the delimiter, for Excel."""
 _BLANK = b" \t\r\n"
 _FIXES_OF_SEVERAL_LINES = {
     b"[": "; a list of rows needs a file whose name ends with .json",
@@ -48,6 +62,8 @@ class Record:
     where: str
     value: Any = None
     problem: str | None = None
+    columnar: bool = False
+    """True if the value is from a columnar file, whose structs have a null for each key that another row has."""
 
 
 def format_of(name: str) -> str | None:
@@ -76,11 +92,12 @@ def records(file: DataFile, wanted: Collection[str] | None = None) -> Iterator[R
         raise DatasetInvalidError(
             f"the name of {file.name} does not indicate its format: use one of the extensions {', '.join(EXTENSIONS)}"
         )
+    _check_content(file)
     try:
         if data_format in _COLUMNAR:
             yield from _COLUMNAR[data_format](file, wanted)
         else:
-            yield from _TEXT_READERS[data_format](file)
+            yield from _TEXT_READERS[data_format](file, wanted)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DatasetInvalidError(f"{file.name} is not a complete gzip file: {error}") from None
     except pa.ArrowException as error:
@@ -88,13 +105,71 @@ def records(file: DataFile, wanted: Collection[str] | None = None) -> Iterator[R
         raise DatasetInvalidError(f"{file.name} cannot be read as {data_format}: {text}") from None
 
 
+def _check_content(file: DataFile) -> None:
+    """Raise DatasetInvalidError if the file is only a pointer to its content."""
+    with file.path.open("rb") as content:
+        start = content.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise DatasetInvalidError(
+            f"{file.name} is a pointer of Git LFS, not the data: run `git lfs pull` in the repository that it was"
+            " copied from, and copy the file again"
+        )
+    if start.startswith(_ANNEX_POINTER):
+        raise DatasetInvalidError(
+            f"{file.name} is a pointer of git-annex, not the data: run `git annex get` in the repository that it was"
+            " copied from, and copy the file again"
+        )
+
+
 def _open(file: DataFile) -> IO[bytes]:
-    if file.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.open(file.path, "rb"))
-    return file.path.open("rb")
+    """Open a text file; the content is UTF-8 if it is in another encoding with a byte order mark."""
+    compressed = file.name.lower().endswith(".gz")
+    raw = io.BufferedReader(gzip.open(file.path, "rb") if compressed else file.path.open("rb", buffering=0))  # noqa: SIM115 - the caller closes it
+    start = raw.peek(4)[:4]
+    encoding = next((name for mark, name in _OTHER_BOMS.items() if start.startswith(mark)), None)
+    if encoding is not None:
+        return io.BufferedReader(_Transcoded(raw, encoding, file.name))
+    if b"\0" in start[:2]:
+        raw.close()
+        raise DatasetInvalidError(f"{file.name} is not UTF-8 but seems to be UTF-16: save it as UTF-8")
+    return raw
 
 
-def _jsonl(file: DataFile) -> Iterator[Record]:
+class _Transcoded(io.RawIOBase):
+    """A text file of another encoding, as UTF-8."""
+
+    def __init__(self, raw: IO[bytes], encoding: str, name: str) -> None:
+        self._raw = raw
+        self._encoding = encoding
+        self._name = name
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - a writable buffer
+        while not self._ready:
+            data = self._raw.read(_CHUNK)
+            try:
+                self._ready = self._decoder.decode(data, final=not data).encode()
+            except UnicodeDecodeError:
+                raise DatasetInvalidError(
+                    f"{self._name} is not valid {self._encoding.upper()}: save it as UTF-8"
+                ) from None
+            if not data:
+                break
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _jsonl(file: DataFile, _: Collection[str] | None = None) -> Iterator[Record]:
     """Yield one value per line; blank lines are skipped."""
     with _open(file) as lines:
         for number in itertools.count(1):
@@ -122,32 +197,104 @@ def _decoded(content: bytes, where: str) -> Record:
         return Record(where, problem="is JSON that cannot be read: it is nested too deeply, or a number is too long")
 
 
-def _json(file: DataFile) -> Iterator[Record]:
-    """Yield the values of a list, or one value per line."""
+def _json(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
+    """Yield the values of a list, which may be below a key of one object, or one value per line."""
     with _open(file) as content:
         start = content.read(_CHUNK).removeprefix(_BOM).lstrip(_BLANK)
-    return _json_list(file) if start.startswith(b"[") else _jsonl(file)
+    if start.startswith(b"["):
+        return _json_list(file)
+    if start.startswith(b"{") and _is_one_object(file):
+        return _json_object(file, wanted or ())
+    return _jsonl(file)
+
+
+def _is_one_object(file: DataFile) -> bool:
+    """Return False if the first line is a complete JSON value and other lines follow."""
+    with _open(file) as content:
+        lines = iter(lambda: content.readline(_MAX_RECORD_BYTES + 1), b"")
+        first = next((line for line in lines if line.removeprefix(_BOM).strip(_BLANK)), b"")
+        if len(first) > _MAX_RECORD_BYTES or not any(line.strip(_BLANK) for line in lines):
+            return True
+    try:
+        json.loads(first.removeprefix(_BOM))
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _json_list(file: DataFile) -> Iterator[Record]:
     """Yield the values of a list, decoded one at a time from a window of the file."""
-    decoder = json.JSONDecoder()
     with _open(file) as raw:
         text = _Window(raw, file.name)
-        text.expect("[", "a list")
-        for number in itertools.count(1):
-            if text.next() == "]" and number == 1:
-                text.skip()
-                break
-            where = f"{file.name} row {number}"
-            yield Record(where, text.value(decoder, where))
-            follows = text.next()
-            if follows == "]":
-                text.skip()
-                break
-            text.expect(",", f"a comma or the list's end after row {number}")
+        yield from _elements(text, file.name)
         if text.next():
             raise DatasetInvalidError(f"{file.name}: there is text after the end of the list: remove it")
+
+
+def _elements(text: _Window, name: str) -> Iterator[Record]:
+    """Yield the values of the list that begins at the window's position."""
+    decoder = json.JSONDecoder()
+    text.expect("[", "a list")
+    for number in itertools.count(1):
+        if text.next() == "]" and number == 1:
+            text.skip()
+            return
+        where = f"{name} row {number}"
+        yield Record(where, text.value(decoder, where))
+        follows = text.next()
+        if follows == "]":
+            text.skip()
+            return
+        text.expect(",", f"a comma or the list's end after row {number}")
+
+
+def _json_object(file: DataFile, columns: Collection[str]) -> Iterator[Record]:
+    """Yield the rows of the list of objects below a key of one object, or the object if it is itself a row."""
+    found = None
+    with _open(file) as raw:
+        text = _Window(raw, file.name)
+        text.expect("{", "an object")
+        for key in _keys_of_lists(text, file.name, columns):
+            if found is not None:
+                raise DatasetInvalidError(
+                    f"{file.name} has rows below several keys, '{found}' and '{key}': save each list as a file"
+                )
+            found = key
+            yield from _elements(text, file.name)
+        if found is not None:
+            text.expect("}", "the end of the object")
+            if text.next():
+                raise DatasetInvalidError(f"{file.name}: there is text after the end of the object: remove it")
+    if found is None:
+        yield from _jsonl(file)
+
+
+def _keys_of_lists(text: _Window, name: str, columns: Collection[str]) -> Iterator[str]:
+    """Yield the keys of the lists of objects in an object, with the window at the list, which the caller reads.
+
+    Yield none if the object has the columns of a row.
+    """
+    decoder = json.JSONDecoder()
+    found = False
+    while text.next() == '"':
+        try:
+            key = str(text.value(decoder, name))
+            text.expect(":", f"a colon after the key '{key}'")
+            if key in columns and not found:
+                return
+            rows = text.next() == "[" and text.begins_objects()
+            if not rows:
+                text.value(decoder, f"{name}: the value of '{key}'")
+        except DatasetInvalidError:
+            if found:
+                raise
+            return  # read as one row per line, which reports the line
+        if rows:
+            found = True
+            yield key
+        if text.next() != ",":
+            return
+        text.skip()
 
 
 class _Window:
@@ -171,6 +318,13 @@ class _Window:
                 return self._text[self._position]
             if not self._more():
                 return ""
+
+    def begins_objects(self) -> bool:
+        """Return True if a list of objects begins at the position."""
+        self.skip()
+        first = self.next()
+        self._text, self._position = "[" + self._text[self._position :], 0
+        return first == "{"
 
     def skip(self) -> None:
         self._position += 1
@@ -221,15 +375,27 @@ class _Window:
         return not self._at_end or bool(text)
 
 
-def _separated(file: DataFile, delimiter: str) -> Iterator[Record]:
+def _delimiter(line: str, usual: str) -> str:
+    """Return the delimiter of a file: the usual one, or another one that alone separates the first line's names."""
+    for delimiter in (usual, *_DELIMITERS):
+        if len(next(csv.reader([line], delimiter=delimiter), [])) > 1:
+            return delimiter
+    return usual
+
+
+def _separated(file: DataFile, usual: str) -> Iterator[Record]:
     """Yield the rows that follow a header line of column names."""
     with _open(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        first = text.readline(_MAX_RECORD_BYTES)
+        given = _SEPARATOR_LINE.fullmatch(first)
+        delimiter = given[1] if given else _delimiter(first, usual)
+        reader = csv.reader(text if given else itertools.chain([first], text), delimiter=delimiter, strict=True)
         names: list[str] = []
-        line = 1
+        before = 1 if given else 0
+        line = 1 + before
         try:
             for cells in reader:
-                where, line = f"{file.name} line {line}", reader.line_num + 1
+                where, line = f"{file.name} line {line}", reader.line_num + 1 + before
                 if not names:
                     names = [name.strip() for name in cells]
                     _check_header(names, file.name)
@@ -244,8 +410,9 @@ def _separated(file: DataFile, delimiter: str) -> Iterator[Record]:
 
 def _check_header(names: list[str], file: str) -> None:
     doubled = sorted(name for name in set(names) if names.count(name) > 1)
-    if doubled or not all(names):
-        problem = "a column has no name" if "" in names else f"the column {doubled[0]!r} appears twice"
+    named = names[1:] or names  # the first column may be an index without a name
+    if doubled or "" in named:
+        problem = "a column has no name" if "" in named else f"the column {doubled[0]!r} appears twice"
         raise DatasetInvalidError(f"{file}: the first line must contain the names of the columns: {problem}")
 
 
@@ -290,28 +457,30 @@ def _rows(file: DataFile, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
             try:
-                values = batch.slice(start, _BATCH).to_pylist()
+                values = batch.slice(start, _BATCH).to_pylist(maps_as_pydicts="lossy")
             except UnicodeDecodeError:
                 values = list(_one_by_one(batch.slice(start, _BATCH)))
             for value in values:
                 number += 1
                 where = f"{file.name} row {number}"
-                yield Record(where, value) if value is not None else Record(where, problem="is not UTF-8")
+                yield (
+                    Record(where, value, columnar=True) if value is not None else Record(where, problem="is not UTF-8")
+                )
 
 
 def _one_by_one(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
     for number in range(batch.num_rows):
         try:
-            yield batch.slice(number, 1).to_pylist()[0]
+            yield batch.slice(number, 1).to_pylist(maps_as_pydicts="lossy")[0]
         except UnicodeDecodeError:
             yield None
 
 
-_TEXT_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
+_TEXT_READERS: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[Record]]] = {
     "jsonl": _jsonl,
     "json": _json,
-    "csv": lambda file: _separated(file, ","),
-    "tsv": lambda file: _separated(file, "\t"),
+    "csv": lambda file, _: _separated(file, ","),
+    "tsv": lambda file, _: _separated(file, "\t"),
 }
 _COLUMNAR: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[Record]]] = {
     "parquet": _parquet,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.api.dataset import Overlong
-from tunesmith.api.finetunejob_status import AlsoTrained, Preflight
+from tunesmith.api.finetunejob_status import AlsoTrained, Preflight, ReadSource
 from tunesmith_trainer.data.cache import TokenCache, key_of
 from tunesmith_trainer.data.report import EXAMPLES, RowReport, shortened
 from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.data.selection import held_out, trained_too, weighted
-from tunesmith_trainer.data.sources import add_content, fetch
+from tunesmith_trainer.data.sources import Part, add_content, fetch
 from tunesmith_trainer.data.tokens import measure, open_rows, pack, tokenise
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _ENCODING = 3
 """Version of the encoding: increased when the same rows produce different tokens."""
+_SHOWN_SOURCES = 8
+_SHOWN_SPLITS = 8
 _TOKEN_FIELDS = {"format", "columns", "chat_template", "loss_on", "max_length", "overlong", "unusable", "duplicates"}
 """Fields of the data set that the tokens depend on."""
 
@@ -127,6 +129,11 @@ def load(
             truncated_rows=divided.report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
             split_chats=divided.report.split_chats or None,
             split_rows=divided.report.split_rows or None,
+            chunked_rows=divided.report.chunked if dataset.overlong is Overlong.CHUNK else None,
+            ignored_keys=divided.report.ignored(),
+            files=sum(len(source.files) for group in sources.values() for source in group),
+            skipped_files=sum(sum(source.skipped.values()) for group in sources.values() for source in group) or None,
+            sources=_read_sources(sources, cached),
             packed_sequences=None if packed is None else len(packed),
             tokens=int(lengths.sum()),
             target_tokens=int(divided.sizes.targets[indices].sum()),
@@ -142,8 +149,25 @@ def _fetch(dataset: api.Dataset, stores: Stores, work: Path) -> dict[str, list[S
     """
     sources = {"train": fetch(dataset.train, stores, work / "data/train")}
     if dataset.validation:
-        sources["validation"] = fetch(dataset.validation, stores, work / "data/validation")
+        sources["validation"] = fetch(dataset.validation, stores, work / "data/validation", Part.VALIDATION)
     return sources
+
+
+def _read_sources(sources: Mapping[str, list[Source]], cached: Cached) -> list[ReadSource]:
+    """Return the value of `status.preflight.sources`."""
+    read = [
+        ReadSource(
+            uri=shortened(source.uri),
+            files=len(source.files),
+            names=[shortened(file.name) for file in source.files[:EXAMPLES]],
+            rows=rows,
+            split=source.split and source.split[:128],
+            skipped_splits=[name[:128] for name in sorted(source.skipped)[:_SHOWN_SPLITS]] or None,
+        )
+        for name, group in sources.items()
+        for source, rows in zip(group, cached.counted[name].per_source, strict=True)
+    ]
+    return read[:_SHOWN_SOURCES]
 
 
 def _content_digest(sources: Mapping[str, list[Source]]) -> str:

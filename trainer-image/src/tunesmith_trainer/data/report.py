@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.dataset import UnusableRows
-from tunesmith.api.finetunejob_status import DroppedRows, DropReason
+from tunesmith.api.finetunejob_status import DroppedRows, DropReason, IgnoredKey
 from tunesmith_trainer.errors import DatasetInvalidError
 
 if TYPE_CHECKING:
@@ -18,8 +18,16 @@ EXAMPLES = 3
 """Number of example rows per reason."""
 _EXAMPLE_LENGTH = 160
 """Characters per example; a path in a store may be longer."""
-UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY, DropReason.NOT_RENDERED)
+UNUSABLE = (
+    DropReason.UNDECODABLE,
+    DropReason.NULL,
+    DropReason.EMPTY,
+    DropReason.INCOMPLETE,
+    DropReason.NOT_RENDERED,
+)
 """Reasons in the row itself: it contains nothing to learn, or the chat template does not render it."""
+_SHOWN_KEYS = 8
+_KEY_LENGTH = 64
 _SHOWN_PROBLEMS = 3
 _NOT_RENDERED_FIX = (
     ": remove what is not rendered from the rows, use a base model whose template renders it, or set"
@@ -54,6 +62,8 @@ class RowReport:
     """Rows that were read; a pair that becomes two examples counts as two."""
     truncated: int = 0
     """Rows that were truncated to the maximum length."""
+    chunked: int = 0
+    """Texts that were split into several rows of at most the maximum length."""
     longest: int = 0
     """Tokens of the longest row, used or not."""
     split_chats: int = 0
@@ -62,6 +72,8 @@ class RowReport:
     """Rows that these chats became."""
     counts: dict[DropReason, int] = field(default_factory=dict)
     examples: dict[DropReason, list[str]] = field(default_factory=dict)
+    ignored_keys: dict[str, int] = field(default_factory=dict)
+    """Number of messages by key that is not used."""
 
     def drop(self, reason: DropReason, example: str) -> None:
         """Count a row that is not used."""
@@ -110,6 +122,7 @@ class RowReport:
         return RowReport(
             read=self.read + other.read,
             truncated=self.truncated + other.truncated,
+            chunked=self.chunked + other.chunked,
             longest=max(self.longest, other.longest),
             split_chats=self.split_chats + other.split_chats,
             split_rows=self.split_rows + other.split_rows,
@@ -122,7 +135,21 @@ class RowReport:
                 reason: (self.examples.get(reason, []) + other.examples.get(reason, []))[:EXAMPLES]
                 for reason in DropReason
             },
+            ignored_keys={
+                key: self.ignored_keys.get(key, 0) + other.ignored_keys.get(key, 0)
+                for key in {**self.ignored_keys, **other.ignored_keys}
+            },
         )
+
+    def ignored(self) -> list[IgnoredKey] | None:
+        """Return the value of `status.preflight.ignoredKeys`, the most frequent key first."""
+        order = sorted(self.ignored_keys, key=lambda key: (-self.ignored_keys[key], key))
+        return [
+            IgnoredKey(
+                key=key.encode("utf-8", "backslashreplace").decode()[:_KEY_LENGTH], messages=self.ignored_keys[key]
+            )
+            for key in order[:_SHOWN_KEYS]
+        ] or None
 
     def status(self) -> list[DroppedRows] | None:
         """Return the value of `status.preflight.dropped`, the most frequent reason first."""
@@ -137,11 +164,13 @@ class RowReport:
         return {
             "read": self.read,
             "truncated": self.truncated,
+            "chunked": self.chunked,
             "longest": self.longest,
             "splitChats": self.split_chats,
             "splitRows": self.split_rows,
             "counts": {reason.value: count for reason, count in self.counts.items()},
             "examples": {reason.value: shown for reason, shown in self.examples.items()},
+            "ignoredKeys": self.ignored_keys,
         }
 
     @classmethod
@@ -150,11 +179,13 @@ class RowReport:
         return cls(
             read=document["read"],
             truncated=document["truncated"],
+            chunked=document["chunked"],
             longest=document["longest"],
             split_chats=document["splitChats"],
             split_rows=document["splitRows"],
             counts={DropReason(reason): count for reason, count in document["counts"].items()},
             examples={DropReason(reason): shown for reason, shown in document["examples"].items()},
+            ignored_keys=document["ignoredKeys"],
         )
 
 
@@ -162,9 +193,10 @@ def summary_lines(preflight: Preflight) -> list[str]:
     """Return the counts as lines for people: the totals, then the unused rows by reason."""
     packed = f" in {preflight.packed_sequences} sequences" if preflight.packed_sequences is not None else ""
     truncated = f", {preflight.truncated_rows} truncated" if preflight.truncated_rows else ""
+    chunked = f", {preflight.chunked_rows} texts split" if preflight.chunked_rows else ""
     total = (
         f"  {preflight.rows} rows{packed}, {preflight.tokens} tokens, {preflight.target_tokens} of them learned;"
-        f" {preflight.validation_rows} held out, {preflight.dropped_rows} dropped{truncated}"
+        f" {preflight.validation_rows} held out, {preflight.dropped_rows} dropped{truncated}{chunked}"
     )
     reasons = [
         f"    {rows.rows} {rows.reason}" + (f", the first: {rows.examples[0]}" if rows.examples else "")
@@ -179,4 +211,11 @@ def summary_lines(preflight: Preflight) -> list[str]:
         if preflight.split_chats
         else []
     )
-    return [total, *split, *reasons, *trained]
+    keys = ", ".join(f"{ignored.key} ({ignored.messages})" for ignored in preflight.ignored_keys or [])
+    ignored = [f"    keys of messages that are not used: {keys}"] if keys else []
+    skipped = [
+        f"    {source.uri}: read {source.split or 'the files without a split'}, not {', '.join(source.skipped_splits)}"
+        for source in preflight.sources or []
+        if source.skipped_splits
+    ]
+    return [total, *skipped, *split, *reasons, *ignored, *trained]

@@ -110,11 +110,10 @@ def tokenise(
                     continue
                 report.split(len(encoded.rows))
                 for whole in encoded.rows:
-                    tokens = _fitted(whole, row.where, dataset, report)
-                    if tokens is not None:
-                        kept.append(tokens)
-                        keys.append(row.key)
-                        per_source[row.source] += 1
+                    fitted = _fitted(whole, row.where, dataset, report)
+                    kept += fitted
+                    keys += [row.key] * len(fitted)
+                    per_source[row.source] += len(fitted)
             writer.write(kept, keys)
             before, done = done, done + len(batch)
             if done // _PROGRESS_ROWS > before // _PROGRESS_ROWS:
@@ -130,21 +129,39 @@ def tokenise(
     return Counted(report, per_source)
 
 
-def _fitted(tokens: Tokens, where: str, dataset: api.Dataset, report: RowReport) -> Tokens | None:
-    """Return the row within its maximum length; count it and return None if it is not used."""
+def _fitted(tokens: Tokens, where: str, dataset: api.Dataset, report: RowReport) -> list[Tokens]:
+    """Return the row within its maximum length, or the parts of a text; count it and return none if it is not used."""
     size, limit = tokens.longest, dataset.max_length
     report.longest = max(report.longest, size)
+    parts = [tokens]
     if size > limit:
-        if dataset.overlong is not Overlong.TRUNCATE:
+        if dataset.overlong is Overlong.CHUNK:
+            parts = _chunks(tokens, limit)
+        elif dataset.overlong is Overlong.TRUNCATE:
+            parts = [tokens.cut(limit)]
+        else:
             report.drop(DropReason.OVERLONG, f"{where}: {size} tokens")
-            return None
-        tokens = tokens.cut(limit)
-    if tokens.without_target:
+            return []
+    parts = [part for part in parts if not part.without_target]
+    if not parts:
         explanation = f", its question alone fills maxLength {limit}" if size > limit else ""
         report.drop(DropReason.NO_TARGET, f"{where}: none of its tokens is learned{explanation}")
-        return None
-    report.truncated += size > limit
-    return tokens
+        return []
+    report.truncated += size > limit and dataset.overlong is Overlong.TRUNCATE
+    report.chunked += size > limit and dataset.overlong is Overlong.CHUNK
+    return parts
+
+
+def _chunks(tokens: Tokens, limit: int) -> list[Tokens]:
+    """Return a text's tokens in as few parts as possible, of about equal length: none is too short to be learned."""
+    size = len(tokens.input_ids)
+    count = -(-size // limit)
+    ends = [size * number // count for number in range(count + 1)]
+    return [
+        # Nothing precedes the first token of a part, so nothing can predict it.
+        Tokens(tokens.input_ids[begin:end], [IGNORED, *tokens.labels[begin + 1 : end]])
+        for begin, end in itertools.pairwise(ends)
+    ]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.data.report import EXAMPLES, RowReport, shortened
 from tunesmith_trainer.data.rows import SFT_FORMS, RowForm, read
 from tunesmith_trainer.data.selection import trained_too
-from tunesmith_trainer.data.sources import fetch
+from tunesmith_trainer.data.sources import Part, fetch
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def load(
     whole = dataset.model_copy(update={"unusable": UnusableRows.ERROR, "duplicates": DuplicateRows.KEEP})
     if dataset.format in _WITHOUT_ANSWERS:
         whole = whole.model_copy(update={"format": DataFormat.AUTO, "columns": None})
-    sources = fetch([settings.dataset], stores, folder / suite.name)
+    sources = fetch([settings.dataset], stores, folder / suite.name, Part.VALIDATION)
     for row in read(sources, whole, RowReport(), forms=SFT_FORMS - {RowForm.TEXT}):
         if settings.limit is not None and len(examples) == settings.limit:
             continue  # the rest is read only to report its errors
