@@ -53,16 +53,16 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "no role": ([messages({"content": "hello"})], "message 1: 'role' is missing"),
     "no content": ([messages(message("user", "a"), {"role": "assistant"})], "message 2: 'content' is missing"),
     "unknown role": (
-        [messages(message("human", "a"), message("assistant", "b"))],
-        "message 1: unknown role 'human', expected one of system, user, assistant",
+        [messages(message("moderator", "a"), message("assistant", "b"))],
+        "message 1: unknown role 'moderator', expected one of system, user, assistant",
     ),
     "null content": (
         [messages(message("user", "a"), message("assistant", None))],
         "message 2 (assistant): 'content' is null, not a string",
     ),
-    "number content": (
-        [messages(message("user", 7), message("assistant", "b"))],
-        "message 1 (user): 'content' is a number, not a string",
+    "boolean content": (
+        [messages({"role": "user", "content": True}, message("assistant", "b"))],
+        "message 1 (user): 'content' is a boolean, not a string",
     ),
     "empty content": (
         [messages(message("user", "a"), message("assistant", " "))],
@@ -76,9 +76,29 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
         [{"question": "a", "answer": "b"}],
         "did you mean dataset.columns {prompt: question, completion: answer}?",
     ),
-    "unknown key": (
-        [messages(message("user", "a"), message("assistant", "b", mood="calm"))],
-        "message 2: unknown key 'mood', expected one of content, name, reasoning_content, role",
+    "images beside the text": (
+        [messages(message("user", "a", images=["a.png"]), message("assistant", "b"))],
+        "message 1: has 'images', and only text can be learned",
+    ),
+    "a question that is to be learned": (
+        [messages(message("user", "a", train=True), message("assistant", "b"))],
+        "message 1 (user): 'train' is True; only the assistant's messages are learned",
+    ),
+    "two system prompts": (
+        [{**messages(message("system", "a"), *GOOD["messages"]), "system": "b"}],
+        "has a system message, and another text in 'system': remove one of them",
+    ),
+    "a system prompt that other rows lack": (
+        [GOOD, {**chat_row("Where?", "There."), "system": "b"}],
+        "line 2: has 'system', which the rows from train.jsonl line 1 do not have",
+    ),
+    "a history of texts": (
+        [{**GOOD, "history": ["a"]}],
+        "message 1 is a string, not an object",
+    ),
+    "tools for a text": (
+        [{"prompt": "a", "completion": "b", "tools": [{"name": "lookup"}]}],
+        "has tools, but 'prompt' is a text: write it as messages",
     ),
     "a call without a name": (
         [messages(message("user", "a"), message("assistant", None, tool_calls=[{"id": "1"}]))],
@@ -110,10 +130,6 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
         "train.jsonl line 2: 'messages' is missing (the rows from train.jsonl line 1 on have it)",
     ),
     "one row, nothing to hold out": ([GOOD], "the training rows need at least 2 rows: there are only 1"),
-    "a prompt of messages with a text": (
-        [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}],
-        "'prompt' a list and 'completion' a string: prompt and answer must both be texts, or both lists of messages",
-    ),
     "preferences": (
         [{"prompt": "a", "chosen": "b", "rejected": "c"}],
         "has the dataset.format Preference, which this objective cannot learn from; it learns from Messages",

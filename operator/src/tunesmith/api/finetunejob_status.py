@@ -242,6 +242,7 @@ class Preflight(StatusModel):
         default=None,
         description="Number of rows that these chats became, each with the prompt that an engine receives. Absent: no "
         "chat.",
+    )
     chunked_rows: Count | None = Field(
         default=None,
         description="Number of texts with more than maxLength tokens that were split; their parts are counted in rows. "

@@ -177,6 +177,21 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
         "rows",
         f"{counted.rows} to train on, {counted.validation_rows} held out, {counted.dropped_rows or 0} dropped",
     )
+    yield from _row_counts(counted)
+    packed = f", in {counted.packed_sequences} packed sequences" if counted.packed_sequences is not None else ""
+    yield "tokens", f"{counted.tokens}, {counted.target_tokens} of them learned{packed}"
+    if resolved is not None:
+        yield "steps", f"{resolved.total_steps} of {resolved.batch_size} sequences"
+        again = "on" if resolved.gradient_checkpointing else "off"
+        yield "micro-batch", f"{resolved.micro_batch_size} sequences, gradient checkpointing {again}"
+        if resolved.data_parallelism is not None:
+            yield "parallelism", resolved.data_parallelism
+    yield "trainable", f"{counted.trainable_parameters} parameters"
+    yield from _verdicts(counted)
+
+
+def _row_counts(counted: Preflight) -> Iterator[tuple[str, str]]:
+    """Yield what is not used of the rows, or used in another form."""
     for source in counted.sources or []:
         if source.skipped_splits:
             yield "  split", f"{source.split or 'rows'} of {source.uri}, not {', '.join(source.skipped_splits)}"
@@ -194,16 +209,6 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
         yield "  split", f"{counted.chunked_rows} texts longer than maxLength"
     if counted.ignored_keys:
         yield "  ignored keys", ", ".join(f"{ignored.key} ({ignored.messages})" for ignored in counted.ignored_keys)
-    packed = f", in {counted.packed_sequences} packed sequences" if counted.packed_sequences is not None else ""
-    yield "tokens", f"{counted.tokens}, {counted.target_tokens} of them learned{packed}"
-    if resolved is not None:
-        yield "steps", f"{resolved.total_steps} of {resolved.batch_size} sequences"
-        again = "on" if resolved.gradient_checkpointing else "off"
-        yield "micro-batch", f"{resolved.micro_batch_size} sequences, gradient checkpointing {again}"
-        if resolved.data_parallelism is not None:
-            yield "parallelism", resolved.data_parallelism
-    yield "trainable", f"{counted.trainable_parameters} parameters"
-    yield from _verdicts(counted)
 
 
 def _verdicts(counted: Preflight) -> Iterator[tuple[str, str]]:

@@ -377,8 +377,9 @@ class _Window:
 
 def _delimiter(line: str, usual: str) -> str:
     """Return the delimiter of a file: the usual one, or another one that alone separates the first line's names."""
-    for delimiter in (usual, *_DELIMITERS):
-        if len(next(csv.reader([line], delimiter=delimiter), [])) > 1:
+    for delimiter in f"{usual}{_DELIMITERS}":
+        names = next(csv.reader([line], delimiter=delimiter), [])
+        if len(names) > 1:
             return delimiter
     return usual
 
@@ -388,7 +389,7 @@ def _separated(file: DataFile, usual: str) -> Iterator[Record]:
     with _open(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as text:
         first = text.readline(_MAX_RECORD_BYTES)
         given = _SEPARATOR_LINE.fullmatch(first)
-        delimiter = given[1] if given else _delimiter(first, usual)
+        delimiter = str(given[1]) if given else _delimiter(first, usual)
         reader = csv.reader(text if given else itertools.chain([first], text), delimiter=delimiter, strict=True)
         names: list[str] = []
         before = 1 if given else 0

@@ -183,16 +183,16 @@ def tools_of(value: object, origin: Origin) -> list[dict[str, Any]]:
     return [_tool(tool, origin) for tool in value]
 
 
-def _tool(tool: object, origin: Origin) -> dict[str, Any]:
+def _tool(tool: Any, origin: Origin) -> dict[str, Any]:  # noqa: ANN401 - JSON
     """Return a tool in OpenAI's form, which an engine passes to the template."""
     if isinstance(tool, str):
         tool, origin = _parsed(tool, "'tools'"), _of_json(origin)
     if not isinstance(tool, dict):
         raise RowError("'tools' is not a list of objects, each the JSON schema of a function")
-    tool = origin.present(tool)
-    if "function" not in tool and isinstance(tool.get("name"), str):
-        return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
-    return tool
+    present: dict[str, Any] = origin.present(tool)
+    if "function" not in present and isinstance(present.get("name"), str):
+        return {"type": "function", "function": {key: value for key, value in present.items() if key != "type"}}
+    return present
 
 
 def _of_json(origin: Origin) -> Origin:

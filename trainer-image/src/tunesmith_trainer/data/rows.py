@@ -266,7 +266,7 @@ class _Reader:
             if instructions is None and not turns:
                 return value
             name = history if turns else system
-            raise RowError(f"has '{name}', which the rows from {layout.where} on do not have: add it to all rows")
+            raise RowError(f"has '{name}', which the rows from {layout.where} do not have: add it to all rows")
         result = {name: _as_turns(part, name) for name, part in value.items()}
         begin = "messages" if "messages" in result else "prompt"
         result[begin] = _after(instructions, turns, result[begin], f"'{system}'")
