@@ -324,7 +324,7 @@ def encoded(
     end: Any = tokenizer.convert_tokens_to_ids(END)
     encoder = Encoder(tokenizer, [end], chat_template=TEMPLATE)
     rows = list(read(sources, dataset, report, forms=FORMS[layout.objective]))
-    return encoder.encode_all(rows), report
+    return [tokens for row in encoder.encode_all(rows) for tokens in row.rows], report
 
 
 def sequences(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Iterator[Expected]:
@@ -382,6 +382,6 @@ def test_only_the_training_split_of_a_repository_is_learned(
         pq.write_table(part, folder / f"train-0000{number}-of-00002.parquet")
     pq.write_table(pa.Table.from_pylist([layout.row(COUNT + 1)]), folder / "test-00000-of-00001.parquet")
     dataset = Dataset.model_validate({"train": [{"uri": f"file://{tmp_path}/set"}]})
-    sources = fetch(dataset.train, Stores(allow_file=True), tmp_path / "work", Part.TRAIN)
+    sources = fetch(dataset.train, Stores(secrets=tmp_path, allow_file=True), tmp_path / "work", Part.TRAIN)
     assert [(source.split, dict(source.skipped)) for source in sources] == [("train", {"test": 1})]
     check(encoded(sources, layout, tokenizer)[0], layout, tokenizer)

@@ -202,9 +202,9 @@ class Dataset(ApiModel):
     )
     unusable: UnusableRows = Field(
         default=UnusableRows.DROP,
-        description="Handling of rows that cannot be decoded, lack required text, are incomplete chats, or have a part that "
-        "the chat template does not render. Drop: drop the row and count it, with examples, in status.preflight; the job "
-        "fails if they are at least half of a data set. Error: fail the job.",
+        description="Handling of rows that cannot be decoded, lack required text, are incomplete chats, or have a part "
+        "that the chat template does not render. Drop: drop the row and count it, with examples, in status.preflight; "
+        "the job fails if they are at least half of a data set. Error: fail the job.",
     )
     duplicates: DuplicateRows = Field(
         default=DuplicateRows.DROP,

@@ -143,9 +143,9 @@ class DroppedRows(StatusModel):
         description="Reason for dropping the rows. Undecodable: not JSON, not UTF-8, half of a surrogate pair, or a "
         "wrong number of cells. Null, Empty: required text is null or empty. Incomplete: a chat that does not end with "
         "an answer or begins with one, or a pair without a common prompt. Duplicate: repeats an earlier row. Overlong: "
-        "more than maxLength tokens. NoTarget: no token contributes to the loss. NotRendered: the chat template rejects "
-        "the row, or does not render a part of it (reasoning of a learned answer, a tool call, tools, a name, system "
-        "text)."
+        "more than maxLength tokens. NoTarget: no token contributes to the loss. NotRendered: the chat template "
+        "rejects the row, or does not render a part of it (reasoning of a learned answer, a tool call, tools, a name, "
+        "system text)."
     )
     rows: Count = Field(description="Number of dropped rows.")
     examples: list[Annotated[str, Field(max_length=256)]] | None = Field(
