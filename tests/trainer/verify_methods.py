@@ -74,6 +74,8 @@ def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str) -> Tr
         output={"merge": merge},
     )
     tried = _train(folder / "merged", job)
+    if tried.result.reason is None and merge == "None":
+        return tried
     if tried.result.reason is None:
         tried.merge = json.loads((folder / "merged/merged/merged.json").read_text())["relativeLogitError"]
     elif tried.result.message.startswith("output.merge"):
@@ -141,7 +143,7 @@ def compare_reloaded(tried: dict[str, Tried], base: Path, work: Path) -> None:
     done = {key: one for key, one in tried.items() if one.result.reason is None}
     listed = work / "reload.json"
     # LoftQ's adapters belong to the published base, from which the trained one differs slightly.
-    artifacts = {key: (str(one.artifact), key.endswith("/4-bit") and LOFTQ not in key) for key, one in done.items()}
+    artifacts = {key: (str(one.artifact), key.endswith(("/4-bit", "/qlora")) and LOFTQ not in key) for key, one in done.items()}
     listed.write_text(json.dumps({"base": str(base), "artifacts": artifacts}))
     subprocess.run(
         [sys.executable, "-m", "tests.trainer.verify_methods", "--reload", str(listed)], check=True, capture_output=True

@@ -123,10 +123,18 @@ def validate(attempt: Attempt) -> TrainerResult:
         outcome=Outcome.SUCCEEDED,
         message=f"{counted.rows} training rows with {counted.tokens} tokens, {counted.validation_rows} held out,"
         f" {counted.dropped_rows} dropped;"
-        f" {counted.trainable_parameters} trainable parameters, {prepared.resolved.total_steps} steps",
+        f" {counted.trainable_parameters} trainable parameters{_shares(counted)}, {prepared.resolved.total_steps} steps",
         preflight=counted,
         resolved=prepared.resolved,
     )
+
+
+def _shares(counted: Preflight) -> str:
+    """Return the shares of the base's weights that have an adapter or 4 bits, where these are not all."""
+    adapted, quantized = counted.adapted_percent, counted.quantized_percent
+    texts = [] if adapted in {None, 100} else [f"an adapter on {adapted} % of the weights in the layers"]
+    texts += [] if quantized in {None, 100} else [f"{quantized} % of them in 4 bits"]
+    return f" ({', '.join(texts)})" if texts else ""
 
 
 def train(attempt: Attempt, reporter: Reporter) -> TrainerResult:

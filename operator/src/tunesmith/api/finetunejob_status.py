@@ -32,6 +32,7 @@ RoundedFloat = Annotated[float | None, AfterValidator(_rounded)]
 FiniteFloat = Annotated[float | None, AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """Number of items. Not every JSON reader represents larger integers exactly."""
+Percent = Annotated[int, Field(ge=0, le=100)]
 
 
 class Stage(StrEnum):
@@ -267,6 +268,15 @@ class Preflight(StatusModel):
     tokens: Count | None = Field(default=None, description="Number of tokens in the training rows.")
     target_tokens: Count | None = Field(default=None, description="Number of these tokens that contribute to the loss.")
     trainable_parameters: Count | None = Field(default=None, description="Number of trained parameters.")
+    adapted_percent: Percent | None = Field(
+        default=None,
+        description="Share of the weights in the base's layers that have an adapter, %. Experts count if "
+        "targetParameters names them. Absent: no weights have one.",
+    )
+    quantized_percent: Percent | None = Field(
+        default=None,
+        description="Share of the weights in the base's layers that are held in 4 bits, %. Absent: without quantization.",
+    )
     servable: ServableStatus | None = Field(default=None, description="Prediction of whether vLLM can load the result.")
     estimated_peak_bytes: Count | None = Field(
         default=None, description="Estimated peak memory of a GPU, bytes, within about 15 %. Absent without a GPU."

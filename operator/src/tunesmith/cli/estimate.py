@@ -187,6 +187,10 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
         if resolved.data_parallelism is not None:
             yield "parallelism", resolved.data_parallelism
     yield "trainable", f"{counted.trainable_parameters} parameters"
+    if counted.adapted_percent is not None:
+        yield "adapted", f"{counted.adapted_percent} % of the weights in the layers"
+    if counted.quantized_percent is not None:
+        yield "in 4 bits", f"{counted.quantized_percent} % of the weights in the layers"
     yield from _verdicts(counted)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from tunesmith.api.output import Merge
 from tunesmith_trainer.artifact.parity import serving_type
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from torch import nn
     from transformers import PretrainedConfig
 
     from tunesmith.api.methods.fields import Quantization
@@ -68,7 +70,8 @@ def merge(
         loaded = base_model.load_model(base, cpu, None, torch.float32)
     # Merge in float32 and round once, when saving.
     merged: Any = PeftModel.from_pretrained(loaded.float(), str(artifact)).merge_and_unload(safe_merge=True)
-    merged.config.use_cache = config.use_cache
+    _store_as_published(merged, config)
+    merged.config.get_text_config().use_cache = config.get_text_config().use_cache
     merged.to(serving_type(config)).save_pretrained(str(target))
     for file in base_model.tokenizer_files(artifact):
         (target / file.name).write_bytes(file.read_bytes())
@@ -86,6 +89,19 @@ def merge(
     }
     (target / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return error
+
+
+def _store_as_published(model: nn.Module, config: PretrainedConfig) -> None:
+    """Store weights as (in, out) where the architecture does: dequantised, they are stored as (out, in)."""
+    with torch.device("meta"):
+        published = AutoModelForCausalLM.from_config(config)
+    for name, module in published.named_modules():
+        linear = model.get_submodule(name) if isinstance(module, Conv1D) else None
+        if isinstance(linear, torch.nn.Linear):
+            stored = Conv1D(module.nf, module.nx)
+            stored.weight = torch.nn.Parameter(linear.weight.data.T.contiguous())
+            stored.bias = torch.nn.Parameter(linear.bias.data)
+            model.set_submodule(name, stored)
 
 
 def describe(error: float) -> str:

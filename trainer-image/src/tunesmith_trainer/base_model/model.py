@@ -17,8 +17,10 @@ from transformers import (
 )
 from transformers.integrations import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from tunesmith_trainer.base_model.convertible import code_conversion, quantized_conversion, weights_conversion
 from tunesmith_trainer.base_model.layers import has_known_layers
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 
@@ -72,6 +74,9 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
         or "tokenizer.json" not in names
         or not any(name.endswith(".safetensors") for name in names)
     ):
+        conversion = weights_conversion(names, folder.uri)
+        if conversion is not None:
+            raise InvalidSpecError(conversion)
         raise BaseModelNotFoundError(
             f"there is no base model in {folder.uri}: it needs config.json, tokenizer.json and *.safetensors, and "
             f"contains {', '.join(names[:10]) or 'no files'}"
@@ -115,6 +120,10 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
     Raises:
         InvalidSpecError: it is not a causal language model that this release can train.
     """
+    path = base / "config.json"
+    conversion = code_conversion(path.read_text(encoding="utf-8", errors="replace"), uri)
+    if conversion is not None:
+        raise InvalidSpecError(conversion)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
@@ -124,6 +133,9 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
             f"the base model {uri} is a {config.model_type}, which is not a causal language model that this release "
             "can train: use another base model"
         )
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict):
+        raise InvalidSpecError(quantized_conversion(quantization, uri))
     return config
 
 
@@ -230,14 +242,16 @@ def load_for_sharding(
     model.config.dtype = dtype
     if quantization is None:
         return model
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)
+    }
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), _bits_and_bytes(quantization, dtype))
     for name, before in linear.items():
         module: Any = model.get_submodule(name)
         if module is before:
             continue
         module.weight = Params4bit(
-            before.weight.data,
+            before.weight.data.T if isinstance(before, Conv1D) else before.weight.data,
             requires_grad=False,
             compress_statistics=quantization.double_quantization,
             quant_type=quantization.type,
@@ -255,7 +269,7 @@ def _load(base: Path, dtype: torch.dtype | str, **arguments: object) -> PreTrain
         base, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **arguments
     )
     # The loss never needs the cache, and it takes memory for each layer.
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
     return model
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 
 from tunesmith.api.methods.full import FullFields
-from tunesmith.api.methods.lora import INITIALIZATIONS, Initialization, LoraFields
+from tunesmith.api.methods.lora import INITIALIZATIONS, LORA, Initialization, LoraFields
 from tunesmith.api.methods.peft import PeftFields
 from tunesmith.api.output import Merge
 from tunesmith_trainer.errors import InvalidSpecError
@@ -17,10 +17,12 @@ from tunesmith_trainer.methods import generic, servable, typed, weightless
 from tunesmith_trainer.methods.conversion import published_config
 from tunesmith_trainer.methods.targets import (
     adapted_modules,
+    adapted_weights,
     check_pattern,
     check_saved_modules,
     matches_name,
     pattern_value,
+    resolve_parameters,
     resolve_targets,
 )
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from tunesmith.api.method import Method
     from tunesmith_trainer.methods.targets import Modules
 
+_LEAST_QUANTIZED = 0.5
+"""Least share of the weights in a base's layers that 4 bits must apply to."""
 _EMBEDDING = "embed_tokens"
 
 
@@ -48,6 +52,7 @@ class MethodPlan:
         modules: adapted linear modules: full name → (in, out) features.
         servable: verdict on whether vLLM will be able to load it.
         ranks: ranks of the LoRA matrices: full name of the module → rank.
+        adapted_weights: number of the base's weights in modules and experts that have an adapter.
         identity: True if the new adapter changes nothing.
         doubled: True if it is saved as the difference from its initial state, with twice the rank.
     """
@@ -58,6 +63,7 @@ class MethodPlan:
     modules: dict[str, tuple[int, int]]
     servable: ServableStatus
     ranks: dict[str, int] = field(default_factory=dict)
+    adapted_weights: int = 0
     identity: bool = True
     doubled: bool = False
 
@@ -70,6 +76,8 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
         NotServableError: the spec requires an adapter that vLLM can load, and this is not one.
     """
     fields, quantized = spec.method.fields, spec.method.quantization is not None
+    if quantized:
+        _check_quantizable(modules)
     if isinstance(fields, LoraFields):
         planned = _plan_lora(fields, modules, quantized=quantized)
     elif isinstance(fields, FullFields):
@@ -80,9 +88,23 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
         else:
             config = typed.config_of(spec.method.name, fields, modules, quantized=quantized)
         planned = _plan_other(spec.method, config, modules)
+    if planned.servable.vllm:
+        planned = replace(planned, servable=servable.on_base(modules.class_name))
     _check_merge(spec, planned, modules)
     servable.require(spec, planned.servable)
     return planned
+
+
+def _check_quantizable(modules: Modules) -> None:
+    """Raise InvalidSpecError if bitsandbytes would leave most of the layers' weights as they are."""
+    share = modules.quantizable_weights / max(1, modules.layer_weights)
+    if share >= _LEAST_QUANTIZED:
+        return
+    why = "its experts are" if modules.expert_weights else "its layers are"
+    raise InvalidSpecError(
+        f"method: bitsandbytes can hold {share:.0%} of the weights in the layers of a {modules.architecture} in 4 bits, "
+        f"because {why} not linear modules that it knows: use method.lora"
+    )
 
 
 def parameters_at(rank: int | None, planned: MethodPlan, spec: FineTuneJobSpec, modules: Modules) -> int:
@@ -126,13 +148,15 @@ def _plan_other(method: Method, config: PeftConfig, modules: Modules) -> MethodP
     traits = method.fields.traits
     parameters, names = _count_parameters(method, config, modules)
     targets = sorted({name.rsplit(".", 1)[-1] for name in names})
+    adapted = adapted_modules(names, modules)
     initial = [getattr(config, key, True) for key in ("init_weights", "init_lora_weights", "init_ia3_weights")]
     return MethodPlan(
         config,
         parameters,
         targets,
-        adapted_modules(targets, modules),
+        adapted,
         servable.verdict(method.fields, published_config(config.to_dict(), names, doubled=False)),
+        adapted_weights=adapted_weights(adapted, [], modules),
         identity=traits.identity_at_start and False not in initial,
     )
 
@@ -168,7 +192,8 @@ def _check_merge(spec: FineTuneJobSpec, planned: MethodPlan, modules: Modules) -
 
 
 def _plan_lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> MethodPlan:
-    targets = resolve_targets(fields.target_modules, modules)
+    targets = resolve_targets(fields.target_modules, modules, str(LORA.peft_type))
+    experts = resolve_parameters(fields.target_parameters or [], modules)
     saved = fields.modules_to_save or []
     check_saved_modules(saved, targets, modules, quantized=quantized)
     check_pattern("rankPattern", fields.rank_pattern or {}, targets, modules)
@@ -187,17 +212,53 @@ def _plan_lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Meth
         settings["lora_ga_config"] = LoraGAConfig()
     elif initialization is Initialization.LOFTQ:
         settings["init_lora_weights"] = True  # initialised once the base is loaded in 4 bits
-    values = fields.peft_values() | {"target_modules": list(targets)} | settings
-    config = LoraConfig(bias="none", task_type="CAUSAL_LM", **values)
-    parameters = _saved_parameters(saved, modules)
-    for name, (inputs, outputs) in shapes.items():
-        # MiCA trains A alone; DoRA adds a magnitude per output.
-        parameters += ranks[name] * (inputs if initialization is Initialization.MICA else inputs + outputs)
-        parameters += outputs if fields.dora else 0
+    values = fields.peft_values() | {"target_modules": list(targets), "target_parameters": experts or None} | settings
+    # PEFT would set it for weights stored as (in, out); in 4 bits they are stored as (out, in).
+    transposed = modules.transposed and not quantized
+    config = LoraConfig(bias="none", task_type="CAUSAL_LM", fan_in_fan_out=transposed, **values)
+    parameters = _trained_by_lora(config, shapes, ranks, modules)
     doubled = INITIALIZATIONS[initialization].changes_base or initialization is Initialization.LOFTQ
     verdict = servable.verdict(fields, published_config(config.to_dict(), sorted(shapes), doubled=doubled))
     identity = initialization is not Initialization.LOFTQ
-    return MethodPlan(config, parameters, targets, shapes, verdict, ranks, identity=identity, doubled=doubled)
+    return MethodPlan(
+        config,
+        parameters,
+        sorted({name.rpartition(".")[2] for name in shapes} | set(experts)),
+        shapes,
+        verdict,
+        ranks,
+        adapted_weights=adapted_weights(shapes, experts, modules),
+        identity=identity,
+        doubled=doubled,
+    )
+
+
+def _trained_by_lora(
+    config: LoraConfig, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], modules: Modules
+) -> int:
+    """Return the number of trained parameters, of the real adapter on a base without weights.
+
+    Args:
+        config: PEFT's configuration.
+        shapes: modules that should get an adapter, with their (in, out) features.
+        ranks: ranks of their matrices.
+        modules: modules of the base model.
+
+    Raises:
+        InvalidSpecError: PEFT rejects the configuration, or adapts other modules.
+    """
+    # Initialisations compute with the weights.
+    model = weightless.wrapped(replace(config, init_lora_weights=True), modules.config, "lora")
+    differ = sorted(set(weightless.targets(model)) ^ set(shapes))
+    if differ:
+        raise InvalidSpecError(
+            f"method targetModules: PEFT does not read them as names of the modules they name: {differ[0]} would "
+            "be wrong; give full names of modules"
+        )
+    trained = weightless.trained_parameters(model)
+    if config.init_lora_weights == INITIALIZATIONS[Initialization.MICA].peft:
+        trained -= sum(ranks[name] * outputs for name, (_, outputs) in shapes.items())  # it trains A alone
+    return trained
 
 
 def _check_ranks(fields: LoraFields, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> None:

@@ -82,7 +82,8 @@ def save(model: PeftModel, folder: Path, config: PretrainedConfig, dtype: torch.
     whole.save_pretrained(str(folder), state_dict=state)
     path = folder / "config.json"
     written = json.loads(path.read_text(encoding="utf-8"))
-    written |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": config.use_cache}
+    written["dtype"] = str(dtype).removeprefix("torch.")
+    written.get("text_config", written)["use_cache"] = config.get_text_config().use_cache
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -22,6 +22,7 @@ from tunesmith.contracts.servability import (
     check_pairs,
     check_rank,
 )
+from tunesmith.contracts.vllm_architectures import VLLM, WITH_ADAPTERS, WITHOUT_ADAPTERS
 from tunesmith_trainer.errors import NotServableError, SelfCheckError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ WHOLE_MODEL = ServableStatus(
 _REMEDIES = {
     "use_dora": "remove dora (rsLora is the closest variant that vLLM serves)",
     "modules_to_save": "remove modulesToSave",
+    "target_parameters": "remove targetParameters",
     "r": "lower rank",
 }
 """Settings of method.lora and method.qlora, by the key of adapter_config.json that vLLM does not accept."""
@@ -60,6 +62,15 @@ def verdict(fields: MethodFields, config: Mapping[str, Any]) -> ServableStatus:
     except UnservableError as error:
         return _not_servable(f"{error}: {_remedy(fields, error.keys)}")
     return _SERVABLE
+
+
+def on_base(class_name: str) -> ServableStatus:
+    """Return the verdict on a servable adapter, for a base model's class."""
+    if class_name in WITH_ADAPTERS:
+        return _SERVABLE
+    if class_name in WITHOUT_ADAPTERS:
+        return _not_servable(f"vLLM {VLLM} serves a {class_name}, but not with adapters: {_MERGED}")
+    return _not_servable(f"vLLM {VLLM} does not have the architecture {class_name}: serve it with another engine")
 
 
 def _remedy(fields: MethodFields, keys: Sequence[str]) -> str:

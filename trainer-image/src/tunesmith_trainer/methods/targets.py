@@ -5,18 +5,31 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations import replace_with_bnb_linear
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from tunesmith.api.methods.declaration import ALL_LINEAR
+from tunesmith.api.methods.lora import LORA
 from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from transformers import PretrainedConfig
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_STACKED_DIMENSIONS = 3
+"""Dimensions of a parameter that stacks the weights of all experts of a layer."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +37,15 @@ class Modules:
     """The modules of a base model.
 
     Args:
-        linear: linear modules except the output layer: full name → (in, out) features.
-        others: full names of all other modules.
+        linear: linear modules of the language model, except the output layer: full name → (in, out) features.
+        others: full names of all other modules, such as those of a vision tower.
         output: full name of the output layer, or None.
         sizes: number of parameters of every module, by full name.
+        expert_weights: weights of experts that are stacked in one parameter, by full name: number of values.
+        quantizable_weights: number of weights of the language model's layers that bitsandbytes can hold in 4 bits.
         parameters: number of parameters of the whole model; shared ones count once.
         tied: True if the output layer and the embedding share their weights.
+        transposed: True if the linear modules store their weights as (in, out), as GPT-2's do.
         config: the base model's configuration.
     """
 
@@ -37,9 +53,28 @@ class Modules:
     others: frozenset[str]
     output: str | None
     sizes: dict[str, int]
+    expert_weights: dict[str, int]
+    quantizable_weights: int
     parameters: int
     tied: bool
+    transposed: bool
     config: PretrainedConfig
+
+    @property
+    def layer_weights(self) -> int:
+        """Number of weights in linear modules and experts of the language model, without embedding and output layer."""
+        return sum(wide * high for wide, high in self.linear.values()) + sum(self.expert_weights.values())
+
+    @property
+    def class_name(self) -> str:
+        """Name of the model's class, which vLLM looks for (`architectures`)."""
+        named = self.config.architectures
+        return str(named[0] if named else MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].__name__)
+
+    @property
+    def architecture(self) -> str:
+        """The language model's `model_type`."""
+        return str(self.config.get_text_config().model_type)
 
 
 def modules_of(config: PretrainedConfig) -> Modules:
@@ -47,44 +82,180 @@ def modules_of(config: PretrainedConfig) -> Modules:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     output = model.get_output_embeddings()
-    linear, others, output_name = {}, set(), None
-    sizes = {}
+    language = _language_model(model)
+    linear, experts, others, output_name = {}, {}, set(), None
+    sizes, transposed = {}, False
     for name, module in model.named_modules():
         sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+        of_language = name == language or name.startswith(language)
+        features = _features(module) if of_language else None
         if module is output:
             output_name = name
-        elif isinstance(module, torch.nn.Linear):
-            linear[name] = (module.in_features, module.out_features)
+        elif features is not None:
+            linear[name] = features
+            transposed = transposed or isinstance(module, Conv1D)
         elif name:
             others.add(name)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+        if of_language and not isinstance(module, torch.nn.Conv1d):
+            own = module.named_parameters(prefix=name, recurse=False)
+            experts |= {full: parameter.numel() for full, parameter in own if parameter.ndim == _STACKED_DIMENSIONS}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Modules(linear, frozenset(others), output_name, sizes, parameters, tied, config)
+    return Modules(
+        linear=linear,
+        others=frozenset(others),
+        output=output_name,
+        sizes=sizes,
+        expert_weights=experts,
+        quantizable_weights=_quantizable(model, linear),
+        parameters=parameters,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        transposed=transposed,
+        config=config,
+    )
 
 
-def resolve_targets(names: Sequence[str], modules: Modules) -> list[str]:
-    """Return the names for PEFT's `target_modules`; `all-linear` becomes the sorted last parts of all linear names.
+def _language_model(model: PreTrainedModel) -> str:
+    """Return the beginning of the names of the language model's modules; empty if there are no others."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next(f"{name}." for name, module in model.named_modules() if module is decoder)
+
+
+def _quantizable(model: PreTrainedModel, linear: Collection[str]) -> int:
+    """Return the number of weights of these linear modules that bitsandbytes holds in 4 bits; changes the model."""
+    with torch.device("meta"):
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), BitsAndBytesConfig(load_in_4bit=True))
+    replaced = [module for name in linear if isinstance(module := model.get_submodule(name), Linear4bit)]
+    return sum(module.in_features * module.out_features for module in replaced)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """Return the (in, out) features of a linear module; None for another one.
+
+    A router of experts may be a linear module to Python, but returns more than a product.
+    """
+    if "Router" in type(module).__name__:
+        return None
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+def adaptable(modules: Modules, peft_type: str) -> dict[str, tuple[int, int]]:
+    """Return the linear modules that can get an adapter of a type, by full name, with their (in, out) features.
+
+    PEFT refuses LoRA on modules that the fused kernels of state-space models bypass.
+    """
+    return {
+        full: shape
+        for full, shape in modules.linear.items()
+        if _last(full) not in expert_names(modules, peft_type) and not _bypassed(_last(full), modules, peft_type)
+    }
+
+
+def expert_names(modules: Modules, peft_type: str) -> frozenset[str]:
+    """Return names of modules that PEFT reads as names of experts' weights (`_convert_peft_config_moe`).
+
+    Experts were linear modules with these names before they were stacked in one parameter, and adapters for those are
+    still accepted. A dense layer or a shared expert with the same names cannot get an adapter.
+    """
+    if peft_type != LORA.peft_type:
+        return frozenset()
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(modules.config.model_type)
+    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
+
+
+def _bypassed(name: str, modules: Modules, peft_type: str) -> bool:
+    method = SimpleNamespace(peft_type=peft_type)
+    try:
+        _check_lora_target_modules_mamba(method, SimpleNamespace(config=modules.config), name)
+    except ValueError:
+        return True
+    return False
+
+
+def _last(full: str) -> str:
+    return full.rpartition(".")[2]
+
+
+def module_names(chosen: Collection[str], modules: Modules) -> list[str]:
+    """Return sorted names for PEFT that mean exactly the chosen modules: their last parts where these are unambiguous.
+
+    Args:
+        chosen: full names of modules.
+        modules: modules of the base model.
+    """
+    wanted = set(chosen)
+    shared = {_last(full) for full in modules.sizes if full not in wanted}
+    return sorted({full if _last(full) in shared or _last(full).isdigit() else _last(full) for full in wanted})
+
+
+def resolve_targets(names: Sequence[str], modules: Modules, peft_type: str) -> list[str]:
+    """Return the names for PEFT's `target_modules`; `all-linear` becomes those of all modules that can be adapted.
 
     Raises:
-        InvalidSpecError: a name matches no linear module.
+        InvalidSpecError: a name matches no linear module, or one that cannot get an adapter of this type.
     """
+    usable = adaptable(modules, peft_type)
     if ALL_LINEAR in names:
-        return sorted({name.rsplit(".", 1)[-1] for name in modules.linear})
+        if not usable:
+            raise InvalidSpecError(
+                f"method targetModules: no linear module of a {modules.architecture} can get an adapter; use method.full"
+            )
+        return module_names(usable, modules)
     for name in names:
         if modules.output is not None and matches_name(modules.output, name):
             raise InvalidSpecError(
                 f"method targetModules: {name} is the output layer, which cannot get an adapter; remove it, or train "
                 f"it whole with modulesToSave: [{name}]"
             )
-        if any(matches_name(full, name) for full in modules.linear):
+        if _last(name) in expert_names(modules, peft_type):
+            raise InvalidSpecError(
+                f"method targetModules: PEFT reads {name} as the experts of a {modules.architecture}, which are no "
+                f"linear modules: name them with targetParameters: [{', '.join(_expert_parameters(modules))}], or "
+                f"choose among {', '.join(sorted({_last(full) for full in usable}))}"
+            )
+        if any(matches_name(full, name) for full in usable):
             continue
+        if any(matches_name(full, name) for full in modules.linear):
+            raise InvalidSpecError(
+                f"method targetModules: {name} cannot get an adapter, because the fused kernels of a "
+                f"{modules.architecture} bypass it: remove it"
+            )
         if any(matches_name(full, name) for full in modules.others):
             raise InvalidSpecError(
                 f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter: "
                 "remove it"
             )
         raise InvalidSpecError(_unknown("targetModules", name, modules.linear))
+    if all(full in usable for full in modules.sizes if any(matches_name(full, name) for name in names)):
+        return sorted(set(names))
+    # Some also mean modules outside the language model.
+    return module_names([full for full in usable if any(matches_name(full, name) for name in names)], modules)
+
+
+def resolve_parameters(names: Sequence[str], modules: Modules) -> list[str]:
+    """Return the names for PEFT's `target_parameters`.
+
+    Raises:
+        InvalidSpecError: a name matches no weight of experts.
+    """
+    for name in names:
+        if not any(matches_name(full, name) for full in modules.expert_weights):
+            known = _expert_parameters(modules)
+            hint = f"it has {', '.join(known)}" if known else "it has no experts: remove targetParameters"
+            raise InvalidSpecError(
+                f"method targetParameters: the base model has no experts' weight named {name}; {hint}"
+            )
     return sorted(set(names))
+
+
+def _expert_parameters(modules: Modules) -> list[str]:
+    """Return short names of the experts' weights."""
+    return sorted({".".join(full.rsplit(".", 2)[1:]) for full in modules.expert_weights})
 
 
 def check_saved_modules(names: Sequence[str], targets: Sequence[str], modules: Modules, *, quantized: bool) -> None:
@@ -169,6 +340,20 @@ def matches_name(full: str, name: str) -> bool:
 def adapted_modules(targets: Sequence[str], modules: Modules) -> dict[str, tuple[int, int]]:
     """Return the adapted modules with their (in, out) features."""
     return {full: shape for full, shape in modules.linear.items() if any(matches_name(full, name) for name in targets)}
+
+
+def adapted_weights(adapted: Mapping[str, tuple[int, int]], experts: Sequence[str], modules: Modules) -> int:
+    """Return the number of the base's weights that an adapter changes.
+
+    Args:
+        adapted: adapted modules with their (in, out) features.
+        experts: names of experts' weights that are adapted.
+        modules: modules of the base model.
+    """
+    stacked = [
+        count for full, count in modules.expert_weights.items() if any(matches_name(full, name) for name in experts)
+    ]
+    return sum(inputs * outputs for inputs, outputs in adapted.values()) + sum(stacked)
 
 
 def _unknown(field: str, name: str, known: Iterable[str], what: str = "module") -> str:

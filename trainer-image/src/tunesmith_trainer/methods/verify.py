@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import AdaLoraConfig, LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import PeftType
 
 from tunesmith_trainer.base_model.logits import batch_of_one, mixed_precision
@@ -125,8 +125,8 @@ def _parts(config: PeftConfig) -> tuple[list[str], list[str]]:
 def _check_scales(model: PeftModel, config: LoraConfig, ranks: Mapping[str, int]) -> None:
     prefix = "base_model.model."
     for full, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
+            continue  # the ranks of experts are those of the configuration
         name = full.removeprefix(prefix)
         rank = ranks[name]
         alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)

@@ -138,7 +138,7 @@ def prepare(
         sharded=run.sharded,
     )
     resolved = plan.frozen(before, now)
-    counted = preflight.judge(_counts(rows, planned, examples), sized, spec, run, sizes, gpu_memory)
+    counted = preflight.judge(_counts(spec, base, rows, planned, examples), sized, spec, run, sizes, gpu_memory)
     return Prepared(
         base=base.folder,
         train=rows.train,
@@ -266,17 +266,28 @@ def _sized(spec: FineTuneJobSpec, base: _Base, planned: MethodPlan, rows: Rows) 
     return preflight.sizing(spec, base.config, base.modules, planned.modules, trainable, rows.lengths)
 
 
-def _counts(rows: Rows, planned: MethodPlan, examples: dict[str, list[Example]]) -> Preflight:
+def _counts(
+    spec: FineTuneJobSpec, base: _Base, rows: Rows, planned: MethodPlan, examples: dict[str, list[Example]]
+) -> Preflight:
     """Return the counts of rows and parameters, with the scored examples that are trained on too."""
     by_suite = [also_trained(name, scored, rows.keys) for name, scored in examples.items()]
     found = [*(rows.counted.also_trained or []), *(overlap for overlap in by_suite if overlap is not None)]
     return rows.counted.model_copy(
         update={
             "trainable_parameters": planned.parameters,
+            "adapted_percent": _percent(planned.adapted_weights, base.modules) if planned.adapted_weights else None,
+            "quantized_percent": (
+                _percent(base.modules.quantizable_weights, base.modules) if spec.method.quantization is not None else None
+            ),
             "servable": planned.servable,
             "also_trained": found or None,
         }
     )
+
+
+def _percent(weights: int, modules: Modules) -> int:
+    """Return a number of weights as a share of those in the base's layers, in percent."""
+    return 100 * weights // max(1, modules.layer_weights)
 
 
 def _with_ranks(spec: FineTuneJobSpec, ranks: int) -> FineTuneJobSpec:

@@ -105,6 +105,14 @@ lora_rules = (
         lambda self: not self.dora or self.initialization in _WITH_DORA,
     ),
     Rule(
+        "!has(self.targetParameters) || (!self.dora && self.dropout == 0.0 && self.initialization == 'Default')",
+        "targetParameters goes with initialization Default, without dora and dropout: remove what differs",
+        lambda self: (
+            self.target_parameters is None
+            or (not self.dora and self.dropout == 0 and self.initialization is Initialization.DEFAULT)
+        ),
+    ),
+    Rule(
         "self.initialization != 'Orthogonal' || self.rank % 2 == 0",
         "initialization Orthogonal needs an even rank: change the rank",
         lambda self: self.initialization is not Initialization.ORTHOGONAL or self.rank % 2 == 0,
@@ -143,6 +151,13 @@ class LoraFields(MethodFields):
     )
     dropout: LoraDropout = 0.0
     target_modules: TargetModules = Field(default=[ALL_LINEAR])
+    target_parameters: Annotated[list[ModuleName] | None, PeftName("target_parameters", modules=True)] = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="Weights of experts that get an adapter, by name, such as experts.gate_up_proj; all-linear does "
+        "not include them. vLLM serves it merged only.",
+    )
     rs_lora: Annotated[bool, PeftName("use_rslora")] = Field(
         default=False, description="Multiply the update by alpha / √rank instead (rsLoRA, arXiv:2312.03732)."
     )

@@ -1,0 +1,256 @@
+"""Tiny random models of the architectures that people fine-tune, with the tokenizer of the tests' base model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tiny_model import make as make_llama
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VOCABULARY = 400
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "vocab_size": VOCABULARY}
+_DENSE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+_MIXTRAL = _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GROUPED = _DENSE | {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_LATENT = _GROUPED | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+_LINEAR_ATTENTION = _DENSE | {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_SHARED = _ROUTED | {"shared_expert_intermediate_size": 32}
+_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of base models.
+
+    Args:
+        name: name of the family, as people know it.
+        model_type: transformers' name of the architecture.
+        settings: keywords of its configuration class.
+        explicit: names for targetModules.
+        experts: names for targetParameters; empty without experts.
+    """
+
+    name: str
+    model_type: str
+    settings: dict[str, Any] = field(default_factory=lambda: dict(_DENSE))
+    explicit: tuple[str, ...] = ("q_proj", "v_proj")
+    experts: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Configuration of a tiny model."""
+        composite = "text_config" in self.settings
+        return AutoConfig.for_model(self.model_type, **self.settings if composite else _IDS | self.settings)
+
+
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+FAMILIES = [
+    Family("Llama 3", "llama"),
+    Family("Mistral", "mistral"),
+    Family("Ministral 3", "ministral3"),
+    Family("Qwen2.5", "qwen2"),
+    Family("Qwen3", "qwen3"),
+    Family("Qwen3.5", "qwen3_5_text", _LINEAR_ATTENTION),
+    Family("Gemma", "gemma"),
+    Family("Gemma 2", "gemma2"),
+    Family("Gemma 3", "gemma3_text"),
+    Family(
+        "Gemma 3, vision",
+        "gemma3",
+        {
+            "text_config": {**_DENSE, **_IDS, "model_type": "gemma3_text"},
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 5,
+            "boi_token_index": 6,
+            "eoi_token_index": 7,
+        },
+    ),
+    Family(
+        "Gemma 3n",
+        "gemma3n_text",
+        _DENSE
+        | {
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+        },
+    ),
+    Family(
+        "Gemma 4",
+        "gemma4_text",
+        _DENSE
+        | {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+    ),
+    Family("Phi-2", "phi"),
+    Family("Phi-3, Phi-4", "phi3", explicit=("qkv_proj", "o_proj")),
+    Family("Phi-3.5-MoE", "phimoe", _MIXTRAL, experts=_EXPERTS),
+    Family("SmolLM3", "smollm3"),
+    Family("OLMo", "olmo"),
+    Family("OLMo 2", "olmo2"),
+    Family("OLMo 3", "olmo3"),
+    Family("OLMoE", "olmoe", _DENSE | {"num_experts": 4, "num_experts_per_tok": 2}, experts=_EXPERTS),
+    Family("Granite", "granite"),
+    Family("Granite MoE", "granitemoe", _MIXTRAL, experts=_EXPERTS),
+    Family(
+        "Granite MoE hybrid",
+        "granitemoehybrid",
+        _MIXTRAL
+        | {
+            "shared_intermediate_size": 32,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_state": 16,
+            "mamba_d_head": 16,
+        },
+        experts=_EXPERTS,
+    ),
+    Family("GLM-4-9B", "glm"),
+    Family("GLM-4-0414", "glm4"),
+    Family("GLM-4-MoE", "glm4_moe", _GROUPED, experts=_EXPERTS),
+    Family("Cohere", "cohere"),
+    Family("Cohere 2", "cohere2"),
+    Family("StableLM", "stablelm"),
+    Family("StarCoder2", "starcoder2"),
+    Family("GPT-2", "gpt2", _GPT, ("c_attn",)),
+    Family("GPT-J", "gptj", _GPT | {"rotary_dim": 8}),
+    Family(
+        "GPT-Neo",
+        "gpt_neo",
+        {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 512,
+        },
+    ),
+    Family("GPT-NeoX", "gpt_neox", explicit=("query_key_value",)),
+    Family("GPT-BigCode", "gpt_bigcode", _GPT, ("c_attn",)),
+    Family("CodeGen", "codegen", _GPT | {"rotary_dim": 8, "n_ctx": 512}, ("qkv_proj",)),
+    Family(
+        "Falcon",
+        "falcon",
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True, "alibi": False},
+        ("query_key_value",),
+    ),
+    Family(
+        "Falcon-H1",
+        "falcon_h1",
+        _DENSE
+        | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+    ),
+    Family("BLOOM", "bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, ("query_key_value",)),
+    Family("OPT", "opt", _DENSE | {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    Family("MPT", "mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, ("Wqkv",)),
+    Family("Mixtral", "mixtral", _MIXTRAL, experts=_EXPERTS),
+    Family("Qwen2-MoE", "qwen2_moe", _DENSE | _SHARED, experts=_EXPERTS),
+    Family("Qwen3-MoE", "qwen3_moe", _DENSE | _ROUTED, experts=_EXPERTS),
+    Family("Qwen3-Next", "qwen3_next", _LINEAR_ATTENTION | _SHARED, experts=_EXPERTS),
+    Family("Qwen3.5-MoE", "qwen3_5_moe_text", _LINEAR_ATTENTION | _SHARED, experts=_EXPERTS),
+    Family("DeepSeek-V2", "deepseek_v2", _LATENT, ("q_a_proj", "o_proj"), _EXPERTS),
+    Family("DeepSeek-V3", "deepseek_v3", _LATENT, ("q_a_proj", "o_proj"), _EXPERTS),
+    Family("gpt-oss", "gpt_oss", _MIXTRAL | {"layer_types": ["sliding_attention", "full_attention"]}, experts=_EXPERTS),
+    Family(
+        "Llama 4, text",
+        "llama4_text",
+        _MIXTRAL
+        | {"intermediate_size_mlp": 128, "num_experts_per_tok": 1, "moe_layers": [1], "attention_chunk_size": 128},
+        experts=_EXPERTS,
+    ),
+    Family("ERNIE 4.5", "ernie4_5"),
+    Family("EXAONE 4", "exaone4"),
+    Family("Seed-OSS", "seed_oss"),
+    Family("Hunyuan", "hunyuan_v1_dense"),
+    Family("Nemotron", "nemotron"),
+    Family("LFM2", "lfm2", _DENSE | {"layer_types": ["conv", "full_attention"]}),
+    Family("MiniMax-M2", "minimax_m2", _MIXTRAL, experts=_EXPERTS),
+    Family(
+        "Nemotron-H",
+        "nemotron_h",
+        _DENSE
+        | {
+            "layers_block_type": ["mamba", "attention"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+        },
+    ),
+    Family("Mamba", "mamba", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 16}, ("in_proj",)),
+    Family(
+        "Mamba-2",
+        "mamba2",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_heads": 8,
+            "head_dim": 16,
+            "state_size": 16,
+            "n_groups": 1,
+        },
+        ("in_proj",),
+    ),
+]
+
+
+def make(family: Family, folder: Path) -> Path:
+    """Create a tiny random model of a family with the tokenizer of the tests; return its folder."""
+    if (folder / "config.json").exists():
+        return folder
+    tokenizer = folder.parent / "tokenizer"
+    if not tokenizer.exists():
+        make_llama(tokenizer)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family.config).to(torch.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer / file, folder / file)
+    model.save_pretrained(folder)
+    return folder
