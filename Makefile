@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-gateway benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-gateway benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -40,6 +40,10 @@ verify-methods: environment-trainer environment-server ## Train, reload, merge a
 	@$(STEP) --live "methods" $(UV) run --frozen --no-sync --project trainer-image python -m tests.trainer.verify_methods \
 	  --engine server-image/engine-cpu/.venv
 
+verify-architectures: environment-trainer environment-server ## Train, reload, merge and serve adapters for every architecture; writes docs/architectures.md
+	@$(STEP) --live "architectures" $(UV) run --frozen --no-sync --project trainer-image python -m tests.trainer.verify_architectures \
+	  --engine server-image/engine-cpu/.venv
+
 verify-data: environment-trainer model ## Validate a million rows: check peak memory, and that a second attempt reuses the tokens
 	@$(STEP) --last '^(passed|failed)' "a million rows" $(UV) run --frozen --no-sync --project trainer-image \
 	  python -m tests.trainer.verify_data --base $(CACHE)/models/SmolLM2-135M-Instruct
@@ -71,13 +75,14 @@ verify-long: environment environment-trainer environment-server model ## After `
 verify-attacks: environment environment-trainer environment-server ## After `make demo`: run the attacks of e2e/attacks and measure their effect on a victim (ATTACKS=name,name)
 	@$(STEP) --live "attacks" $(RUN) pytest --quiet --no-header --tb=short $(if $(ATTACKS),-k "$(subst $(comma), or ,$(ATTACKS))") e2e/attacks
 
-generate: environment ## Generate the CRDs, the references and the charts' schemas
+generate: environment environment-server ## Generate the CRDs, the references and the charts' schemas
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)
 	@$(STEP) "generate the values schema of charts/adapters" $(RUN) python charts/values_schema.py
 	@$(STEP) "generate flags and values schema of charts/tunesmith" $(RUN) python charts/flags.py
 	@$(STEP) "generate the reference of metrics" $(RUN) python docs/metrics.py
 	@$(STEP) "copy the default values of charts/tunesmith" $(RUN) python charts/defaults.py
 	@$(STEP) "generate the reference of the chart's rights" $(RUN) python charts/rights.py
+	@$(STEP) "generate the table of vLLM's architectures" $(RUN) python server-image/engine-cpu/lora_architectures.py
 
 images: environment ## Build the images and import them into the cluster
 	@$(STEP) --live "images" $(CLUSTER) images
@@ -135,6 +140,7 @@ check-generated:
 	@$(STEP) "generated: metrics" $(RUN) python docs/metrics.py --check
 	@$(STEP) "generated: default values" $(RUN) python charts/defaults.py --check
 	@$(STEP) "generated: rights" $(RUN) python charts/rights.py --check
+	@$(STEP) "generated: vLLM's architectures" $(RUN) python server-image/engine-cpu/lora_architectures.py --check
 	@$(STEP) "versions of the charts" $(RUN) python charts/versions.py
 
 check-unit:

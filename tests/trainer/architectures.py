@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tiny_model import make as make_llama
+from tests.trainer.tiny_model import make as make_llama
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 if TYPE_CHECKING:

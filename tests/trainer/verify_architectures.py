@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from architectures import FAMILIES, Family, make
+from tests.trainer.architectures import FAMILIES, Family, make
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from verify_methods import ask_engine, compare_reloaded, figure, load_again, say, try_case
+from tests.trainer.verify_methods import ask_engine, compare_reloaded, figure, load_again, say, try_case
 
 from tunesmith_trainer.errors import TrainerError
 from tunesmith_trainer.methods.targets import modules_of
 
 if TYPE_CHECKING:
-    from verify_methods import Tried
+    from tests.trainer.verify_methods import Tried
 
 DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
 _LORA = {"rank": 4, "alpha": 8}

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Compute x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with gradients for x, A and B; all in one type, or W in 4 bits."""
+    """Compute x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with gradients for x, A and B; all in one type, or W in 4 bits.
+
+    Inputs and outputs have two dimensions: some models change outputs in place, which a view would not allow.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        inputs: torch.Tensor,
+        rows: torch.Tensor,
         weight: torch.Tensor,
         state: QuantState | None,
         bias: torch.Tensor | None,
@@ -32,7 +35,6 @@ class _LowRankLinear(torch.autograd.Function):
         up: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        rows = inputs.reshape(-1, inputs.shape[-1])
         low = rows @ down.T
         if state is not None:
             outputs = matmul_4bit(rows, weight, bias=bias, quant_state=state)
@@ -41,19 +43,18 @@ class _LowRankLinear(torch.autograd.Function):
         outputs.addmm_(low, up.T, alpha=scale)
         ctx.save_for_backward(rows, low, weight, down, up)
         ctx.state, ctx.scale = state, scale
-        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | float | None, ...]:
         rows, low, weight, down, up = ctx.saved_tensors
-        outputs = outer[0].reshape(-1, outer[0].shape[-1])
+        (outputs,) = outer
         low_gradient = outputs @ up
         inputs = None
         if ctx.needs_input_grad[0]:
             if ctx.state is not None:
                 weight = dequantize_4bit(weight, ctx.state).to(outputs.dtype)
             inputs = (outputs @ weight).addmm_(low_gradient, down, alpha=ctx.scale)
-            inputs = inputs.view(*outer[0].shape[:-1], rows.shape[-1])
         # Apply the scale to the small factor.
         return inputs, None, None, None, (low_gradient * ctx.scale).T @ rows, outputs.T @ (low * ctx.scale), None
 
@@ -137,7 +138,7 @@ def _apply(
     base, (name,) = layer.get_base_layer(), layer.active_adapters
     dtype = inputs.dtype
     fused: torch.Tensor = _LowRankLinear.apply(
-        inputs,
+        inputs.reshape(-1, inputs.shape[-1]),
         weight,
         state,
         None if base.bias is None else base.bias.to(dtype),
@@ -145,4 +146,4 @@ def _apply(
         layer.lora_B[name].weight.to(dtype),
         layer.scaling[name],
     )
-    return fused
+    return fused.view(*inputs.shape[:-1], fused.shape[-1])
