@@ -67,7 +67,7 @@ def try_method(method: dict[str, Any], base: Path, folder: Path, *, steps: int =
     quantization = spec.method.quantization
     set_seed(7)
     loaded = base_model.load_model(base, torch.device("cpu"), quantization, torch.float32)
-    rows = rows_of(loaded.config.vocab_size)
+    rows = rows_of(loaded.config.get_text_config().vocab_size)
     base_logits = last_logits(loaded, PROMPTS)
     model = wrap(loaded, planned, rows, spec.method, steps)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=rate)

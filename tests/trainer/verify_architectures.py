@@ -19,7 +19,7 @@ import torch
 from tests.trainer.architectures import FAMILIES, Family, make
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from tests.trainer.verify_methods import ask_engine, compare_reloaded, figure, load_again, say, try_case
+from tests.trainer.verify_methods import ask_engine, compare_reloaded, figure, load_again, try_case, write_line
 
 from tunesmith_trainer.errors import TrainerError
 from tunesmith_trainer.methods.targets import modules_of
@@ -156,7 +156,7 @@ def main() -> int:
                 key = f"{family.name}/{column}"
                 own[key] = try_case(method, base, work / "runs" / family.model_type / column, merge)
                 check_reason(own[key])
-                say(f"{key}: {own[key].result.message if own[key].result.reason else 'trained'}")
+                write_line(f"{key}: {own[key].result.message if own[key].result.reason else 'trained'}")
             check_count(own[f"{family.name}/lora"], family)
             compare_reloaded(own, base, work / "runs" / family.model_type)
             if arguments.engine:
@@ -165,11 +165,11 @@ def main() -> int:
             tried |= own
     text = document(tried, families)
     if arguments.only:
-        say(text)
+        write_line(text)
     else:
         DOCUMENT.write_text(text)
     problems = [f"{key}: {problem}" for key, one in tried.items() for problem in one.problems]
-    say("\n".join(problems) or f"{len(tried)} passed, as their verdicts say")
+    write_line("\n".join(problems) or f"{len(tried)} passed, as their verdicts say")
     return 1 if problems else 0
 
 

@@ -64,6 +64,20 @@ _ENVIRONMENT = {
 }
 
 
+_DETERMINISTIC = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+"""Errors of a program, which another attempt would raise again; those of devices and stores are others."""
+
+
 def main() -> NoReturn:
     """Entry point of the console script."""
     sys.exit(run(sys.argv[1:]))
@@ -112,7 +126,7 @@ def _failure(error: Exception, ranks: Ranks) -> TrainerResult:
             outcome=Outcome.FAILED,
             reason=FailureReason.INTERNAL_ERROR,
             message=f"unexpected {type(error).__name__}: {text}; the log has the traceback",
-            retryable=True,
+            retryable=not isinstance(error, _DETERMINISTIC),
         )
     log.debug("failed", exc_info=error)
     return TrainerResult(

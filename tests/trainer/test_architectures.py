@@ -1,0 +1,205 @@
+"""docs/architectures.md agrees with the CPU stage about every family; representative ones are trained.
+
+`make verify-architectures` measures the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.trainer.architectures import FAMILIES, Family, make
+from tests.trainer.methods_rig import PROMPTS, distance, spec_of, try_method
+from tunesmith_trainer.base_model import model as base_model
+from tunesmith_trainer.base_model.logits import last_logits
+from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.methods.config import MethodPlan, plan_method
+from tunesmith_trainer.methods.targets import Modules, modules_of
+
+if TYPE_CHECKING:
+    from tests.trainer.trainer_rig import Workbench
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+BY_NAME = {family.name: family for family in FAMILIES}
+LORA, ADAPTED, QLORA, IN_4_BITS, VLLM = 2, 3, 5, 6, 11
+
+
+@cache
+def modules(name: str) -> Modules:
+    return modules_of(BY_NAME[name].config)
+
+
+def plan(name: str, method: dict[str, Any]) -> MethodPlan:
+    return plan_method(spec_of(method), modules(name))
+
+
+def refusal(name: str, method: dict[str, Any]) -> str:
+    with pytest.raises(InvalidSpecError) as caught:
+        plan(name, method)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, list[str]]:
+    """Return the cells of each family."""
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    return {row[0]: row for row in rows}
+
+
+def test_the_table_lists_every_family(table: dict[str, list[str]]) -> None:
+    assert list(table) == [family.name for family in FAMILIES]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=[family.model_type for family in FAMILIES])
+def test_the_table_agrees_with_the_cpu_stage(family: Family, table: dict[str, list[str]]) -> None:
+    row = table[family.name]
+    planned = plan(family.name, {"lora": {"rank": 4}})
+    known = modules(family.name)
+    assert row[LORA].startswith("yes")
+    assert row[ADAPTED] == f"{100 * planned.adapted_weights // known.layer_weights} %"
+    assert row[VLLM].split(" ")[0] == ("yes" if planned.servable.vllm else "no")
+    try:
+        plan(family.name, {"qlora": {"rank": 4}})
+    except InvalidSpecError:
+        assert row[QLORA].startswith("no")
+    else:
+        assert row[QLORA].startswith("yes")
+        assert row[IN_4_BITS] == f"{100 * known.quantizable_weights // known.layer_weights} %"
+
+
+@pytest.mark.parametrize(
+    "name", [family.name for family in FAMILIES if not family.experts and "text_config" not in family.settings]
+)
+def test_all_linear_trains_as_many_parameters_as_peft(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(BY_NAME[name].config)
+    planned = plan(name, {"lora": {"rank": 4}})
+    try:
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    except ValueError as error:
+        assert "incompatible with Mamba" in str(error)
+        assert "out_proj" not in planned.targets
+        return
+    assert planned.parameters == sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+
+
+def test_all_linear_of_a_vision_language_model_is_its_language_model() -> None:
+    planned = plan("Gemma 3, vision", {"lora": {}})
+    assert all(name.startswith("model.language_model.") for name in planned.modules)
+    named = plan("Gemma 3, vision", {"lora": {"targetModules": ["q_proj"]}})
+    assert list(named.modules) == [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+
+
+def test_modules_whose_names_are_numbers_are_named_in_full() -> None:
+    planned = plan("Gemma 3n", {"lora": {}})
+    assert planned.config is not None
+    numbers = [name for name in planned.config.target_modules if name.rpartition(".")[2].isdigit()]
+    assert numbers
+    assert all("." in name for name in numbers)
+
+
+def test_experts_get_an_adapter_where_they_are_named() -> None:
+    experts = {"targetParameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    without, with_experts = plan("Mixtral", {"lora": {}}), plan("Mixtral", {"lora": experts})
+    weights = modules("Mixtral").layer_weights
+    assert without.adapted_weights < weights == with_experts.adapted_weights
+    assert without.servable.vllm
+    assert not with_experts.servable.vllm
+    assert "remove targetParameters" in str(with_experts.servable.reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("Mixtral", {"lora": {"targetModules": ["w1"]}}, "targetParameters: [experts.down_proj, experts.gate_up_proj]"),
+        ("DeepSeek-V3", {"lora": {"targetModules": ["gate_proj"]}}, "PEFT reads gate_proj as the experts"),
+        ("Llama 3", {"lora": {"targetParameters": ["experts.up"]}}, "it has no experts: remove targetParameters"),
+        ("Mixtral", {"lora": {"targetParameters": ["experts.up"]}}, "it has experts.down_proj, experts.gate_up_proj"),
+        ("Mamba-2", {"lora": {"targetModules": ["out_proj"]}}, "the fused kernels of a mamba2 bypass it"),
+        ("Falcon", {"qlora": {}}, "can hold 0% of the weights in the layers of a falcon"),
+        ("Mixtral", {"qlora": {}}, "its experts are not linear modules"),
+        ("Phi-3, Phi-4", {"ia3": {}}, "targetModules: [qkv_proj, down_proj], feedforwardModules: [down_proj]"),
+    ],
+)
+def test_the_refusal_names_what_works(name: str, method: dict[str, Any], message: str) -> None:
+    assert message in refusal(name, method)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("GPT-2", {"lora": {}}),
+        ("GPT-2", {"lora": {"dora": True}}),
+        ("Mixtral", {"lora": {"targetParameters": ["experts.gate_up_proj", "experts.down_proj"]}}),
+        ("DeepSeek-V3", {"lora": {}}),
+        ("Gemma 3, vision", {"lora": {}}),
+        ("Gemma 3n", {"lora": {}}),
+        ("Llama 4, text", {"lora": {}}),
+        ("Mamba-2", {"lora": {}}),
+    ],
+)
+def test_the_saved_adapter_is_what_was_trained(
+    name: str, method: dict[str, Any], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    family = BY_NAME[name]
+    base = make(family, tmp_path_factory.getbasetemp() / "bases" / family.model_type)
+    trial = try_method(method, base, tmp_path / "adapter")
+    assert trial.losses[-1] < trial.losses[0]
+    assert distance(trial.logits, trial.base_logits) > 0
+    loaded = base_model.load_model(base, torch.device("cpu"), None, torch.float32)
+    again: Any = PeftModel.from_pretrained(loaded, str(tmp_path / "adapter"))
+    assert distance(last_logits(again, PROMPTS), trial.logits) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "stored quantised (gptq)"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config as Q"),
+        ({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Own"}}, "needs code of its own"),
+    ],
+)
+def test_a_base_that_must_be_converted_is_refused(
+    bench: Workbench, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base = _copy(bench.base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change))
+    bench.base = base
+    ran = bench.run("validate", bench.job())
+    assert ran.result.reason == "InvalidSpec"
+    assert message in ran.result.message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin, a pickle"),
+        ("tokenizer.json", "tokenizer.model", "the tokenizer in"),
+    ],
+)
+def test_a_base_with_other_files_is_refused_with_the_command_that_converts_it(
+    bench: Workbench, old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    base = _copy(bench.base, tmp_path / "base")
+    (base / old).rename(base / new)
+    bench.base = base
+    ran = bench.run("validate", bench.job())
+    assert ran.result.reason == "InvalidSpec"
+    assert message in ran.result.message
+    assert "save_pretrained('TARGET')" in ran.result.message
+
+
+def _copy(base: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in base.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
