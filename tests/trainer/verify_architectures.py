@@ -158,11 +158,11 @@ def main() -> int:
                 check_reason(own[key])
                 write_line(f"{key}: {own[key].result.message if own[key].result.reason else 'trained'}")
             check_count(own[f"{family.name}/lora"], family)
-            compare_reloaded(own, base, work / "runs" / family.model_type)
             if arguments.engine:
                 lora = {key: one for key, one in own.items() if key.endswith(("/lora", "/named"))}
                 ask_engine(lora, base, arguments.engine, work / "runs" / family.model_type)
             tried |= own
+        compare_reloaded(tried, work)
     text = document(tried, families)
     if arguments.only:
         write_line(text)

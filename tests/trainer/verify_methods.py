@@ -53,6 +53,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs/methods.md"
 class Tried:
     """Result of a method on one kind of base."""
 
+    base: Path
+    quantized: bool
     result: TrainerResult
     artifact: Path
     trained: list[torch.Tensor] | None = None
@@ -73,7 +75,7 @@ def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str) -> Tr
         hyperparameters={"maxSteps": 4, "batchSize": 4},
         output={"merge": merge},
     )
-    tried = _train(folder / "merged", job)
+    tried = _train(folder / "merged", job, base)
     if tried.result.reason is None and merge == "None":
         return tried
     if tried.result.reason is None:
@@ -81,19 +83,22 @@ def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str) -> Tr
     elif tried.result.message.startswith("output.merge"):
         why = tried.result.message
         del job["spec"]["output"]
-        tried = _train(folder / "out", job)
+        tried = _train(folder / "out", job, base)
         tried.no_merge = why
     return tried
 
 
-def _train(output: Path, job: dict[str, Any]) -> Tried:
+def _train(output: Path, job: dict[str, Any], base: Path) -> Tried:
     kept = output / "trained.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(_run(output, job)))
     result = TrainerResult.model_validate_json((output / "message").read_text())
     logits = json.loads(kept.read_text())
-    return Tried(result, output / "artifact", None if logits is None else [torch.tensor(one) for one in logits])
+    (fields,) = job["spec"]["method"].values()
+    quantized = "qlora" in job["spec"]["method"] or "quantization" in fields
+    trained = None if logits is None else [torch.tensor(one) for one in logits]
+    return Tried(base, quantized, result, output / "artifact", trained)
 
 
 def _run(output: Path, job: dict[str, Any]) -> list[list[float]] | None:
@@ -124,12 +129,11 @@ def load_again(listed: Path) -> None:
     """Run in a separate process: write the logits of each artifact, loaded by plain PEFT."""
     request = json.loads(listed.read_text())
     answers = {}
-    for key, (folder, quantized) in request["artifacts"].items():
-        cpu = torch.device("cpu")
+    for key, (published, folder, quantized) in request.items():
         if quantized:
-            base = base_model.load_model(Path(request["base"]), cpu, Quantization(), torch.float32)
+            base = base_model.load_model(Path(published), torch.device("cpu"), Quantization(), torch.float32)
         else:
-            base = AutoModelForCausalLM.from_pretrained(request["base"], dtype=torch.float32)
+            base = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
         if (Path(folder) / ADAPTER_CONFIG).exists():
             model: Any = PeftModel.from_pretrained(base, folder)
         else:
@@ -138,13 +142,15 @@ def load_again(listed: Path) -> None:
     listed.with_suffix(".answers").write_text(json.dumps(answers))
 
 
-def compare_reloaded(tried: dict[str, Tried], base: Path, work: Path) -> None:
+def compare_reloaded(tried: dict[str, Tried], work: Path) -> None:
     """Fill in the distance of the reloaded adapters from the trained ones."""
     done = {key: one for key, one in tried.items() if one.result.reason is None}
     listed = work / "reload.json"
     # LoftQ's adapters belong to the published base, from which the trained one differs slightly.
-    artifacts = {key: (str(one.artifact), key.endswith(("/4-bit", "/qlora")) and LOFTQ not in key) for key, one in done.items()}
-    listed.write_text(json.dumps({"base": str(base), "artifacts": artifacts}))
+    artifacts = {
+        key: (str(one.base), str(one.artifact), one.quantized and LOFTQ not in key) for key, one in done.items()
+    }
+    listed.write_text(json.dumps(artifacts))
     subprocess.run(
         [sys.executable, "-m", "tests.trainer.verify_methods", "--reload", str(listed)], check=True, capture_output=True
     )
@@ -305,7 +311,7 @@ def main() -> int:
                 write_line(f"{key}: {outcome}")
                 if tried[key].result.reason and tried[key].result.reason != "InvalidSpec":
                     tried[key].problems.append(f"it fails: {tried[key].result.message}")
-        compare_reloaded(tried, base, work)
+        compare_reloaded(tried, work)
         if arguments.engine:
             ask_engine(tried, base, arguments.engine, work)
     text = document(tried)

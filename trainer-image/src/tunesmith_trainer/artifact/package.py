@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic.alias_generators import to_camel
+from peft import LoraConfig
 from safetensors import safe_open
 
 from tunesmith.api.finetunejob_status import ArtifactStatus
@@ -319,8 +320,10 @@ def _rewrite_config(path: Path, job: FineTuneJob, prepared: Prepared) -> None:
     # The name by which transformers finds the base, if it can: of the Hugging Face Hub, or a path.
     config["base_model_name_or_path"] = job.spec.base_model.uri.removeprefix("hf://").removeprefix("file://")
     config["revision"] = job.spec.base_model.revision
-    if prepared.planned.ranks:
-        config["target_modules"] = prepared.resolved.target_modules
+    planned = prepared.planned.config
+    if isinstance(planned, LoraConfig) and prepared.planned.ranks:
+        # PEFT shortens the names to parts that are unambiguous today.
+        config["target_modules"] = sorted(planned.target_modules)
     _write_json(path, config)
 
 

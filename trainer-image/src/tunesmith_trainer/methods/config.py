@@ -16,6 +16,7 @@ from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.methods import generic, servable, typed, weightless
 from tunesmith_trainer.methods.conversion import published_config
 from tunesmith_trainer.methods.targets import (
+    STATE_SPACE_MIXERS,
     adapted_modules,
     adapted_weights,
     check_pattern,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from tunesmith.api.method import Method
     from tunesmith_trainer.methods.targets import Modules
 
+_CLAMPED = frozenset({"gemma3n_text"})
+"""Architectures that clamp weights of linear modules while they compute (AltUp's coefficients)."""
 _LEAST_QUANTIZED = 0.5
 """Least share of the weights in a base's layers that 4 bits must apply to."""
 _EMBEDDING = "embed_tokens"
@@ -97,6 +100,11 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
 
 def _check_quantizable(modules: Modules) -> None:
     """Raise InvalidSpecError if bitsandbytes would leave most of the layers' weights as they are."""
+    if modules.architecture in STATE_SPACE_MIXERS | _CLAMPED:
+        raise InvalidSpecError(
+            f"method: the layers of a {modules.architecture} compute with the weights of linear modules themselves, "
+            "which 4 bits do not allow: use method.lora"
+        )
     share = modules.quantizable_weights / max(1, modules.layer_weights)
     if share >= _LEAST_QUANTIZED:
         return

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+STATE_SPACE_MIXERS = frozenset({"mamba", "falcon_mamba", "jamba"})
+"""Architectures whose mixers multiply with the weights of `dt_proj` themselves, past an adapter or 4 bits."""
+_STEP_PROJECTION = "dt_proj"
 _STACKED_DIMENSIONS = 3
 """Dimensions of a parameter that stacks the weights of all experts of a layer."""
 
@@ -147,7 +150,7 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
 def adaptable(modules: Modules, peft_type: str) -> dict[str, tuple[int, int]]:
     """Return the linear modules that can get an adapter of a type, by full name, with their (in, out) features.
 
-    PEFT refuses LoRA on modules that the fused kernels of state-space models bypass.
+    Layers of state-space models compute past some of their modules, to which an adapter would do nothing.
     """
     return {
         full: shape
@@ -169,6 +172,8 @@ def expert_names(modules: Modules, peft_type: str) -> frozenset[str]:
 
 
 def _bypassed(name: str, modules: Modules, peft_type: str) -> bool:
+    if modules.architecture in STATE_SPACE_MIXERS and name == _STEP_PROJECTION:
+        return True
     method = SimpleNamespace(peft_type=peft_type)
     try:
         _check_lora_target_modules_mamba(method, SimpleNamespace(config=modules.config), name)
@@ -222,7 +227,7 @@ def resolve_targets(names: Sequence[str], modules: Modules, peft_type: str) -> l
             continue
         if any(matches_name(full, name) for full in modules.linear):
             raise InvalidSpecError(
-                f"method targetModules: {name} cannot get an adapter, because the fused kernels of a "
+                f"method targetModules: {name} cannot get an adapter, because the layers of a "
                 f"{modules.architecture} bypass it: remove it"
             )
         if any(matches_name(full, name) for full in modules.others):
