@@ -9,6 +9,7 @@ Example: uv run --project trainer-image python tests/trainer/verify_architecture
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import textwrap
@@ -68,8 +69,12 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
     """Return the table in Markdown."""
     notes: list[str] = []
 
-    def note(text: str | None) -> str:
-        text = str(text).removeprefix("spec.").replace("`", "")
+    def note(family: Family, text: str | None) -> str:
+        # One note for all families that it applies to.
+        names = "|".join({family.model_type, family.config.get_text_config().model_type})
+        text = re.sub(rf"\ba ({names})\b", "this architecture", str(text).replace("`", ""))
+        text = re.sub(r"\b(a|the architecture) [A-Z]\w+(ForCausalLM|LMHeadModel)\b", "this architecture", text)
+        text = re.sub(r"\b\d+% of the weights", "less than half of the weights", text)
         if text not in notes:
             notes.append(text)
         return f"[{notes.index(text) + 1}](#notes)"
@@ -79,7 +84,7 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
         if one is None:
             return "–"
         if one.result.reason is not None:
-            return f"no {note(one.result.message)}"
+            return f"no {note(family, one.result.message)}"
         if one.reload is None or one.reload > 0:
             return f"yes, {figure(one.reload)}" if one.reload else "yes"
         return "yes"
@@ -90,7 +95,7 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
         counted = lora.result.preflight
         adapted = f"{counted.adapted_percent} %" if counted is not None else "–"
         in_4_bits = quantized.result.preflight
-        merged = figure(lora.merge) if lora.merge is not None else f"no {note(lora.no_merge)}" if lora.no_merge else "–"
+        merged = figure(lora.merge) if lora.merge is not None else f"no {note(family, lora.no_merge)}" if lora.no_merge else "–"
         cells = [family.name, f"`{family.model_type}`", cell(family, "lora"), adapted, merged]
         cells += [cell(family, "qlora"), f"{in_4_bits.quantized_percent} %" if in_4_bits is not None else "–"]
         cells += [cell(family, column) for column in ("ia3", "full", "named", "experts")]
@@ -98,7 +103,7 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
         if artifact is None:
             cells += ["–", "–"]
         elif not artifact.servable.vllm:
-            cells += [f"no {note(artifact.servable.reason)}", "–"]
+            cells += [f"no {note(family, artifact.servable.reason)}", "–"]
         else:
             cells += ["yes", lora.engine or "not measured"]
         lines.append("| " + " | ".join(cells) + " |")
