@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tests.trainer.tiny_model import make as make_llama
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from tests.trainer.tiny_model import make as make_llama
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -183,8 +184,7 @@ FAMILIES = [
     Family(
         "Falcon-H1",
         "falcon_h1",
-        _DENSE
-        | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+        _DENSE | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
     ),
     Family("BLOOM", "bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, ("query_key_value",)),
     Family("OPT", "opt", _DENSE | {"ffn_dim": 128, "word_embed_proj_dim": 64}),

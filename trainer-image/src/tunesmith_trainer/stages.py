@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.api.finetunejob_status import ArtifactStatus
+    from tunesmith.api.finetunejob_status import ArtifactStatus, Preflight
     from tunesmith.contracts.artifact import ArtifactManifest
     from tunesmith.storage.folder import Folder
     from tunesmith_trainer.options import RunOptions
@@ -123,13 +123,14 @@ def validate(attempt: Attempt) -> TrainerResult:
         outcome=Outcome.SUCCEEDED,
         message=f"{counted.rows} training rows with {counted.tokens} tokens, {counted.validation_rows} held out,"
         f" {counted.dropped_rows} dropped;"
-        f" {counted.trainable_parameters} trainable parameters{_shares(counted)}, {prepared.resolved.total_steps} steps",
+        f" {counted.trainable_parameters} trainable parameters{_describe_shares(counted)},"
+        f" {prepared.resolved.total_steps} steps",
         preflight=counted,
         resolved=prepared.resolved,
     )
 
 
-def _shares(counted: Preflight) -> str:
+def _describe_shares(counted: Preflight) -> str:
     """Return the shares of the base's weights that have an adapter or 4 bits, where these are not all."""
     adapted, quantized = counted.adapted_percent, counted.quantized_percent
     texts = [] if adapted in {None, 100} else [f"an adapter on {adapted} % of the weights in the layers"]

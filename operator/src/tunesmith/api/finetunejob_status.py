@@ -275,7 +275,7 @@ class Preflight(StatusModel):
     )
     quantized_percent: Percent | None = Field(
         default=None,
-        description="Share of the weights in the base's layers that are held in 4 bits, %. Absent: without quantization.",
+        description="Share of the weights in the base's layers that are held in 4 bits, %. Absent: no quantization.",
     )
     servable: ServableStatus | None = Field(default=None, description="Prediction of whether vLLM can load the result.")
     estimated_peak_bytes: Count | None = Field(

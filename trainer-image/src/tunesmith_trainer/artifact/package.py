@@ -9,8 +9,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic.alias_generators import to_camel
 from peft import LoraConfig
+from pydantic.alias_generators import to_camel
 from safetensors import safe_open
 
 from tunesmith.api.finetunejob_status import ArtifactStatus

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-_LOAD = "python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+_LOAD = 'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
 _UNQUANTIZED = "use the model that it was quantised from; method.qlora holds that one in 4 bits while it trains"
 _DEQUANTIZED_BY = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 """Classes of transformers that load weights of a type as bfloat16, by `quant_method`."""
@@ -72,7 +72,7 @@ def quantized_conversion(quantization: Mapping[str, Any], uri: str) -> str:
     remedy = _UNQUANTIZED
     if loader is not None:
         remedy = (
-            "use a bfloat16 release of the model, or convert it on a machine of yours with python -c \"from "
+            'use a bfloat16 release of the model, or convert it on a machine of yours with python -c "from '
             f"transformers import AutoModelForCausalLM as M, AutoTokenizer as T, {loader} as Q; "
             "M.from_pretrained('SOURCE', quantization_config=Q(dequantize=True)).save_pretrained('TARGET'); "
             "T.from_pretrained('SOURCE').save_pretrained('TARGET')\""

@@ -242,9 +242,7 @@ def load_for_sharding(
     model.config.dtype = dtype
     if quantization is None:
         return model
-    linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)
-    }
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), _bits_and_bytes(quantization, dtype))
     for name, before in linear.items():
         module: Any = model.get_submodule(name)

@@ -110,8 +110,8 @@ def _check_quantizable(modules: Modules) -> None:
         return
     why = "its experts are" if modules.expert_weights else "its layers are"
     raise InvalidSpecError(
-        f"method: bitsandbytes can hold {share:.0%} of the weights in the layers of a {modules.architecture} in 4 bits, "
-        f"because {why} not linear modules that it knows: use method.lora"
+        f"method: bitsandbytes can hold {share:.0%} of the weights in the layers of a {modules.architecture} in 4 "
+        f"bits, because {why} not linear modules that it knows: use method.lora"
     )
 
 

@@ -86,7 +86,8 @@ def modules_of(config: PretrainedConfig) -> Modules:
         model = AutoModelForCausalLM.from_config(config)
     output = model.get_output_embeddings()
     language = _language_model(model)
-    linear, experts, others, output_name = {}, {}, set(), None
+    linear, others, output_name = {}, set(), None
+    experts: dict[str, int] = {}
     sizes, transposed = {}, False
     for name, module in model.named_modules():
         sizes[name] = sum(parameter.numel() for parameter in module.parameters())
@@ -208,7 +209,8 @@ def resolve_targets(names: Sequence[str], modules: Modules, peft_type: str) -> l
     if ALL_LINEAR in names:
         if not usable:
             raise InvalidSpecError(
-                f"method targetModules: no linear module of a {modules.architecture} can get an adapter; use method.full"
+                f"method targetModules: no linear module of a {modules.architecture} can get an adapter: use "
+                "method.full"
             )
         return module_names(usable, modules)
     for name in names:

@@ -277,7 +277,9 @@ def _counts(
             "trainable_parameters": planned.parameters,
             "adapted_percent": _percent(planned.adapted_weights, base.modules) if planned.adapted_weights else None,
             "quantized_percent": (
-                _percent(base.modules.quantizable_weights, base.modules) if spec.method.quantization is not None else None
+                _percent(base.modules.quantizable_weights, base.modules)
+                if spec.method.quantization is not None
+                else None
             ),
             "servable": planned.servable,
             "also_trained": found or None,
