@@ -206,7 +206,7 @@ def document(tried: dict[str, Tried]) -> str:
     def note(text: str) -> str:
         text = text.split(" is not valid: ", 1)[-1].removeprefix("spec.method.qlora: ")
         # One note for all methods that it applies to.
-        text = re.sub(r", and this is [A-Z0-9_]+:", ":", text)
+        text = re.sub(r" only, not [A-Z0-9_]+:", " only:", text)
         text = re.sub(r"^method\.peft(\.type)?: [A-Z0-9_]+ ", "method.peft: it ", text)
         text = re.sub(r"^output\.merge: an adapter of \w+ ", "output.merge: an adapter of this method ", text)
         if text not in notes:
