@@ -11,7 +11,7 @@ from tunesmith.api.manifest import parse_manifest
 from tunesmith.api.method import METHODS as DECLARED
 from tunesmith.api.method import Method
 from tunesmith.api.schema import resolved_schema
-from tunesmith.cli.adapterconfig import adapter_of
+from tunesmith.contracts.adapterconfig import adapter_of
 from tunesmith.cli.main import main
 
 if TYPE_CHECKING:

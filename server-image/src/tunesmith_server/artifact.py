@@ -10,16 +10,20 @@ import hashlib
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pydantic import ValidationError
-
-from tunesmith.contracts.artifact import ArtifactFile, ArtifactManifest, digest_of
+from tunesmith.contracts.artifact import (
+    MAX_MANIFEST_BYTES,
+    ArtifactFile,
+    ArtifactManifest,
+    check_files,
+    digest_of,
+    parse_manifest,
+)
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name, namespace_of_artifact
 from tunesmith.contracts.safetensors import LENGTH_BYTES
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, LoraConfig
-from tunesmith.contracts.strict_json import parse_object
 from tunesmith_server.lora import (
     Modules,
     UnfitAdapterError,
@@ -38,11 +42,6 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import DesiredAdapter
     from tunesmith_server.base_weights import BaseWeights
 
-MAX_MANIFEST_BYTES = 1024 * 1024
-MAX_FILES = 64
-_MANIFEST_VALUES = 65_536
-ALLOWED_SUFFIXES = frozenset({".json", ".jsonl", ".jinja", ".txt", ".model", ".md", ".csv", ".png"})
-"""Files that an artifact may contain besides its weights: none that executes code when it is loaded."""
 TEMPORARY = ".incoming-"
 """Prefix of folders that are being written or removed."""
 
@@ -221,10 +220,17 @@ def check_manifest(document: bytes, digest: str, limits: PodLimits, bounds: Weig
         raise UnfitAdapterError(
             f"{ARTIFACT_MANIFEST} was changed after the artifact was published: its digest is {actual}"
         )
-    manifest = _parse_manifest(document)
+    try:
+        manifest = parse_manifest(document)
+    except ValueError as error:
+        raise UnfitAdapterError(str(error)) from None
     if not manifest.servable.vllm:
         raise UnfitAdapterError(f"it was published as an adapter that vLLM cannot serve: {manifest.servable.reason}")
-    _check_files(manifest.files, limits, bounds)
+    try:
+        check_files(manifest.files)
+    except ValueError as error:
+        raise UnfitAdapterError(str(error)) from None
+    _check_sizes(manifest.files, limits, bounds)
     if manifest.base.fingerprint != limits.fingerprint:
         raise UnfitAdapterError(
             f"the adapter was trained on another base model ({manifest.base.uri}, {manifest.base.fingerprint}) "
@@ -233,37 +239,13 @@ def check_manifest(document: bytes, digest: str, limits: PodLimits, bounds: Weig
     return manifest
 
 
-def _check_files(files: Mapping[str, ArtifactFile], limits: PodLimits, bounds: WeightBounds) -> None:
-    if len(files) > MAX_FILES:
-        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {len(files)} files, more than {MAX_FILES}")
-    for name in files:
-        if name != PurePosixPath(name).name or name.startswith(".") or name == ARTIFACT_MANIFEST:
-            raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {name[:80]!a}, which is not a plain file name")
-        if name != ADAPTER_WEIGHTS and PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
-            raise UnfitAdapterError(
-                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; the only file with weights is "
-                f"{ADAPTER_WEIGHTS}, and code and pickle files are refused"
-            )
-    if missing := {ADAPTER_CONFIG, ADAPTER_WEIGHTS} - set(files):
-        raise UnfitAdapterError(f"the artifact has no {' and no '.join(sorted(missing))}")
+def _check_sizes(files: Mapping[str, ArtifactFile], limits: PodLimits, bounds: WeightBounds) -> None:
     for name, maximum in ((ADAPTER_CONFIG, MAX_CONFIG_BYTES), (ADAPTER_WEIGHTS, bounds.size)):
         if files[name].size_bytes > maximum:
             raise UnfitAdapterError(
                 f"{name} has {files[name].size_bytes} bytes; an adapter of this base model with the pool's "
                 f"engine.maxLoraRank of {limits.max_rank} has at most {maximum}"
             )
-
-
-def _parse_manifest(document: bytes) -> ArtifactManifest:
-    try:
-        parsed = parse_object(document, max_bytes=MAX_MANIFEST_BYTES, max_values=_MANIFEST_VALUES)
-        return ArtifactManifest.model_validate(parsed)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} is malformed: {field}: {first['msg']}") from None
-    except (ValueError, RecursionError) as error:
-        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} is malformed: {error}") from None
 
 
 def remove_leftovers(adapters: Path) -> None:

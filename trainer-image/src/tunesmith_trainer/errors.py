@@ -32,6 +32,12 @@ class BaseModelNotFoundError(TrainerError):
     reason = FailureReason.BASE_MODEL_NOT_FOUND
 
 
+class AdapterNotFoundError(TrainerError):
+    """No adapter exists at the URI that training should continue from."""
+
+    reason = FailureReason.ADAPTER_NOT_FOUND
+
+
 class DatasetNotFoundError(TrainerError):
     """No data set exists at its URI."""
 

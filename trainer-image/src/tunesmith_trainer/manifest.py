@@ -23,6 +23,7 @@ _WITHOUT_EFFECT = {
     "checkpoint",
     "suspend",
     "active_deadline_seconds",
+    "ttl_seconds_after_finished",
     "servable",
 }
 """Fields of the spec that do not affect the result."""
@@ -58,7 +59,8 @@ def run_digest(job: FineTuneJob, resolved: Resolved) -> str:
     inputs = resolved.model_dump(
         mode="json", include={"base_model_fingerprint", "dataset_digest", "batch_size", "learning_rate", "total_steps"}
     )
-    return hashlib.sha256(json.dumps([spec_digest(job), inputs], sort_keys=True).encode()).hexdigest()
+    start = [] if resolved.continued_from is None else [resolved.continued_from.digest]
+    return hashlib.sha256(json.dumps([spec_digest(job), inputs, *start], sort_keys=True).encode()).hexdigest()
 
 
 def require_unchanged(what: str, before: str | None, now: str | None) -> None:

@@ -315,12 +315,12 @@ def _trained(
     """Train and score from the newest usable checkpoint; return the result on the first rank, None on the others."""
     from tunesmith_trainer.training import loop  # noqa: PLC0415
 
-    job, termination = attempt.job, attempt.termination
+    termination = attempt.termination
     termination.interruption.checkpoints = checkpoints
-    begin(reporter, job, prepared.resolved, attempt.stores, target, attempt.options.output_folder)
+    begin(reporter, prepared.job, prepared.resolved, attempt.stores, target, attempt.options.output_folder)
     return loop.train(
         loop.Run(
-            job=job,
+            job=prepared.job,
             prepared=prepared,
             work=attempt.work,
             ranks=attempt.ranks,
@@ -346,7 +346,7 @@ def _published(
     folder, merged = attempt.work / ARTIFACT_FOLDER, attempt.work / MERGED_FOLDER
     for old in (folder, merged):
         shutil.rmtree(old, ignore_errors=True)
-    manifest, merge_error = package.build(attempt.job, prepared, trained, folder, merged)
+    manifest, merge_error = package.build(prepared.job, prepared, trained, folder, merged)
     progress.update(stage=Stage.PUBLISHING)
     if merged.is_dir():
         beside = attempt.folder(beside_artifact(target.uri, MERGED_FOLDER), "the merged model")

@@ -8,16 +8,9 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.api.conditions import Condition
+from tunesmith.api.continue_from import FineTuneJobReference
 from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel
 from tunesmith.api.servingpool import MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
-
-
-class FineTuneJobReference(ApiModel):
-    """A FineTuneJob in the same namespace."""
-
-    name: ResourceName = Field(
-        description="Name of the FineTuneJob. It may not exist yet: the deployment waits for it."
-    )
 
 
 class AdapterSource(ApiModel):

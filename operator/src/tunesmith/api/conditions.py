@@ -185,6 +185,9 @@ class FailureReason(Reason):
         "The store rejects the credentials of the Secret that the message names, or a uri resolves to an address "
         "that jobs may not reach, or a link points outside of its PersistentVolumeClaim.",
     )
+    ADAPTER_NOT_FOUND = _warning(
+        "AdapterNotFound", "spec.continueFrom names a FineTuneJob that failed, or a uri without an artifact."
+    )
     DATASET_NOT_FOUND = _warning("DatasetNotFound", "The uri has no rows.")
     DATASET_INVALID = _warning(
         "DatasetInvalid",

@@ -7,12 +7,14 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.api.checkpoint import Checkpoint
+from tunesmith.api.continue_from import ContinueFrom
 from tunesmith.api.credentials import SecretReference
 from tunesmith.api.dataset import DataFormat, Dataset
 from tunesmith.api.evaluation import EarlyStopping, Evaluation, Publish, Suite
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters, Optimizer
-from tunesmith.api.method import QUANTIZED_CEL, SHARDABLE, SHARDABLE_CEL, Method
+from tunesmith.api.method import METHODS, QUANTIZED_CEL, SHARDABLE, SHARDABLE_CEL, Method
+from tunesmith.api.methods.lora import Initialization, LoraFields
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, quoted
 from tunesmith.api.objective import Objective, ObjectiveName
 from tunesmith.api.output import Export, Merge, Output, Servable
@@ -59,6 +61,12 @@ FORMATS = {
 
 SHARDED_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
 """Optimizers that can train sharded weights."""
+_DEFAULT_INITIALIZATION_CEL = " && ".join(
+    f"(!has(self.method.{name}) || !has(self.method.{name}.initialization) || "
+    f"self.method.{name}.initialization == '{Initialization.DEFAULT}')"
+    for name, fields in METHODS.items()
+    if "initialization" in fields.model_fields
+)
 _SHARDED_CEL = "has(self.resources.dataParallelism) && self.resources.dataParallelism == 'FSDP2'"
 
 
@@ -105,13 +113,14 @@ class FineTuneJobSpec(ApiModel):
             lambda self: self.dataset.format is DataFormat.AUTO or self.dataset.format in FORMATS[self.objective_name],
         ),
         Rule(
-            "!has(self.method.full) || !has(self.objective) || has(self.objective.sft) || has(self.objective.orpo)",
+            "!has(self.method) || !has(self.method.full) || !has(self.objective) || has(self.objective.sft) || has(self.objective.orpo)",
             "method.full supports the objectives sft and orpo only: dpo and kto need the unchanged base model at each "
             "step; use another method or objective",
             lambda self: self.method.full is None or self.objective_name not in {ObjectiveName.DPO, ObjectiveName.KTO},
         ),
         Rule(
-            f"!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || {QUANTIZED_CEL}",
+            f"!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || "
+            f"(has(self.method) && {QUANTIZED_CEL})",
             "output.merge: Dequantized needs a base model in 4 bits (method.qlora or a method's quantization): use "
             "Original",
             lambda self: (
@@ -121,13 +130,13 @@ class FineTuneJobSpec(ApiModel):
             ),
         ),
         Rule(
-            f"!({_SHARDED_CEL}) || {SHARDABLE_CEL}",
+            f"!({_SHARDED_CEL}) || !has(self.method) || {SHARDABLE_CEL}",
             f"resources.dataParallelism: FSDP2 supports {', '.join(SHARDABLE[:-1])} and {SHARDABLE[-1]}, except dora of"
             " qlora and the initializations EVA, CorDA, LoRAGA and LoftQ: use another method or initialization, or DDP",
             lambda self: self.resources.data_parallelism is not DataParallelism.FSDP2 or self.method.shardable,
         ),
         Rule(
-            f"!({_SHARDED_CEL} && has(self.method.full)) || !has(self.hyperparameters.optimizer) || "
+            f"!({_SHARDED_CEL} && has(self.method) && has(self.method.full)) || !has(self.hyperparameters.optimizer) || "
             f"self.hyperparameters.optimizer in {quoted(SHARDED_OPTIMIZERS)}",
             f"hyperparameters.optimizer: with FSDP2, method.full supports {' and '.join(SHARDED_OPTIMIZERS)} only: use"
             " one of them, or DDP",
@@ -138,18 +147,49 @@ class FineTuneJobSpec(ApiModel):
             ),
         ),
         Rule(
-            "!has(self.method.adaLora) || !has(self.evaluation) || !has(self.evaluation.earlyStopping) && "
+            "!has(self.method) || !has(self.method.adaLora) || !has(self.evaluation) || !has(self.evaluation.earlyStopping) && "
             "(!has(self.evaluation.publish) || self.evaluation.publish == 'Last')",
             "evaluation.publish: Best and evaluation.earlyStopping do not support method.adaLora, whose ranks are "
             "final only after the last step: remove them, or use another method",
             lambda self: self.method.ada_lora is None or (self.publish is Publish.LAST and self.early_stopping is None),
+        ),
+        Rule(
+            "has(self.method) || has(self.continueFrom)",
+            "method is missing: set it, such as method: {lora: {}}; only a job with continueFrom may leave it out",
+            lambda self: self.requested_method is not None or self.continue_from is not None,
+        ),
+        Rule(
+            "!has(self.continueFrom) || !has(self.method) || !has(self.method.full)",
+            "continueFrom starts from an adapter, and method.full trains none: remove continueFrom, or use the merged "
+            "model as baseModel",
+            lambda self: self.continue_from is None or self.method.full is None,
+        ),
+        Rule(
+            f"!has(self.continueFrom) || !has(self.method) || {_DEFAULT_INITIALIZATION_CEL}",
+            "continueFrom starts from the adapter's weights, so they are not initialized: remove "
+            "initialization from the method",
+            lambda self: (
+                self.continue_from is None
+                or getattr(self.method.fields, "initialization", Initialization.DEFAULT) is Initialization.DEFAULT
+            ),
         ),
     )
 
     base_model: BaseModelSource = Field(description="Base model to adapt.")
     dataset: Dataset = Field(description="Rows to train on.")
     objective: Objective | None = Field(default=None, description="Training objective; exactly one field. Absent: sft.")
-    method: Method = Field(description="Fine-tuning method; exactly one field.")
+    requested_method: Method | None = Field(
+        default=None,
+        alias="method",
+        description="Fine-tuning method; exactly one field. Required, except with continueFrom. Absent: that of the "
+        "adapter in continueFrom.",
+    )
+    continue_from: ContinueFrom | None = Field(
+        default=None,
+        description="Adapter whose weights training starts from, on the same base model; exactly one field. The "
+        "method must be the adapter's, with the same rank, alpha and modules, or absent. The optimizer starts fresh. "
+        "Absent: training starts from a new adapter.",
+    )
     hyperparameters: Hyperparameters = Field(
         default_factory=Hyperparameters, description="Hyperparameters of the training run."
     )
@@ -183,11 +223,24 @@ class FineTuneJobSpec(ApiModel):
         description="Seconds after status.startTime at which the job fails, excluding time suspended or in a queue."
         " Absent: no limit. Mutable.",
     )
+    ttl_seconds_after_finished: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**31 - 1,
+        description="Seconds after status.completionTime at which the FineTuneJob is deleted, but not while an "
+        "AdapterDeployment or an unfinished FineTuneJob names it. Its artifact stays in the store. Absent: it is kept. "
+        "Mutable.",
+    )
     suspend: bool = Field(
         default=False,
         description="True: save a checkpoint, stop the running attempt and start no other. False: resume from the last"
         " checkpoint. Mutable.",
     )
+
+    @property
+    def method(self) -> Method:
+        """Fine-tuning method; if continueFrom determines it, plain LoRA until the trainer has read that adapter."""
+        return self.requested_method or Method(lora=LoraFields())
 
     @property
     def objective_name(self) -> ObjectiveName:
@@ -234,7 +287,7 @@ class FineTuneJobSpec(ApiModel):
         return self.hyperparameters.learning_rate or (own / 10 if self.learns_preferences else own)
 
 
-_MUTABLE = frozenset({"suspend", "active_deadline_seconds"})
+_MUTABLE = frozenset({"suspend", "active_deadline_seconds", "ttl_seconds_after_finished"})
 
 
 def _kept(name: str) -> str:
@@ -247,7 +300,7 @@ FineTuneJobSpec.rules = (
         " && ".join(
             _kept(str(field.alias)) for name, field in FineTuneJobSpec.model_fields.items() if name not in _MUTABLE
         ),
-        "spec is immutable except for suspend and activeDeadlineSeconds: create another FineTuneJob under a new name",
+        "spec is immutable except for suspend, activeDeadlineSeconds and ttlSecondsAfterFinished: create another FineTuneJob under a new name",
     ),
     *FineTuneJobSpec.rules,
 )

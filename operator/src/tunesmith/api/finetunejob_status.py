@@ -67,6 +67,15 @@ class TaskFolderStatus(StatusModel):
     digest: str = Field(max_length=71, description="SHA-256 of the names and contents of its files.")
 
 
+class ContinuedFrom(StatusModel):
+    """Adapter that training starts from."""
+
+    uri: str = Field(max_length=1024, description="Folder of the artifact.")
+    digest: str = Field(max_length=71, description="SHA-256 of its tunesmith.json.")
+    method: str = Field(max_length=64, description="Method of the job, given or taken from the adapter.")
+    rank: Count | None = Field(default=None, description="Rank of the adapter. Absent: the method has none.")
+
+
 class Resolved(StatusModel):
     """Values that were chosen for the user, and facts about the inputs. Fixed by the first attempt."""
 
@@ -75,6 +84,9 @@ class Resolved(StatusModel):
     )
     dataset_digest: str | None = Field(
         default=None, max_length=128, description="SHA-256 over the training and held-out rows."
+    )
+    continued_from: ContinuedFrom | None = Field(
+        default=None, description="Adapter that training starts from (spec.continueFrom). Absent: a new one."
     )
     task_folders: list[TaskFolderStatus] | None = Field(
         default=None, max_length=8, description="Task folders of the suites (lmEval.taskFolder). Absent: none."

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from tunesmith.api.credentials import REPORTING_SECRET
 from tunesmith.api.methods.lora import Initialization, LoraFields
-from tunesmith.cli.adapterconfig import names_of_pattern, read_initialization
 from tunesmith.cli.axolotl_keys import axolotl_keys
 from tunesmith.cli.translation import (
     EMPTY,
@@ -25,6 +24,7 @@ from tunesmith.cli.translation import (
     model_uri,
     remote_uri,
 )
+from tunesmith.contracts.adapterconfig import names_of_pattern, read_initialization
 from tunesmith.storage.schemes import Use, prefixes
 
 _EPOCHS, _LENGTH, _MICRO_BATCH, _ACCUMULATION = 1.0, 512, 1, 1

@@ -12,13 +12,13 @@ import yaml
 
 from tunesmith.api.manifest import ManifestError, load_document, parse_manifest
 from tunesmith.api.model import API_VERSION, MAX_NAME
-from tunesmith.cli.adapterconfig import UnsupportedAdapterError, adapter_of
 from tunesmith.cli.axolotl import translate as translate_axolotl
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.llamafactory import translate as translate_llamafactory
 from tunesmith.cli.openai_job import translate as translate_openai
 from tunesmith.cli.output import note, print_line
 from tunesmith.cli.translation import Translation, UntranslatableError
+from tunesmith.contracts.adapterconfig import UnsupportedAdapterError, adapter_of
 
 app = typer.Typer(no_args_is_help=True, help="Write a FineTuneJob from another tool's configuration.")
 

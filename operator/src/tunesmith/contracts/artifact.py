@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from tunesmith.api.finetunejob_status import EvaluationStatus, ServableStatus
 from tunesmith.api.model import StatusModel
+from tunesmith.contracts.location import ARTIFACT_MANIFEST
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tunesmith.contracts.strict_json import parse_object
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_MANIFEST_BYTES = 1024 * 1024
+MAX_FILES = 64
+_MANIFEST_VALUES = 65_536
+ALLOWED_SUFFIXES = frozenset({".json", ".jsonl", ".jinja", ".txt", ".model", ".md", ".csv", ".png"})
+"""Files that an artifact may contain besides its weights: none that executes code when it is loaded."""
 
 
 class ArtifactFile(StatusModel):
@@ -43,6 +56,14 @@ class ArtifactAdapter(StatusModel):
     )
 
 
+class Ancestor(StatusModel):
+    """Adapter that a later one was trained from."""
+
+    uri: str
+    digest: str
+    dataset_digest: str
+
+
 class ArtifactManifest(StatusModel):
     """`tunesmith.json`."""
 
@@ -54,6 +75,10 @@ class ArtifactManifest(StatusModel):
     spec_digest: str | None = Field(
         default=None, description="SHA-256 of the fields of the job's spec that determine the result."
     )
+    continued_from: list[Ancestor] | None = Field(
+        default=None,
+        description="Adapters that training started from, the newest first. Absent: it started from a new adapter.",
+    )
     hyperparameters: dict[str, Any]
     versions: dict[str, str]
     evaluation: EvaluationStatus | None = None
@@ -64,6 +89,43 @@ class ArtifactManifest(StatusModel):
         """Return the canonical form: sorted keys, UTF-8, one newline at the end."""
         document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def parse_manifest(document: bytes) -> ArtifactManifest:
+    """Return the content of a `tunesmith.json`, which may be untrusted.
+
+    Raises:
+        ValueError: it is malformed; the text names the first problem.
+    """
+    try:
+        parsed = parse_object(document, max_bytes=MAX_MANIFEST_BYTES, max_values=_MANIFEST_VALUES)
+        return ArtifactManifest.model_validate(parsed)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{ARTIFACT_MANIFEST} is malformed: {field}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{ARTIFACT_MANIFEST} is malformed: {error}") from None
+
+
+def check_files(files: Mapping[str, ArtifactFile]) -> None:
+    """Check the names of an adapter's files.
+
+    Raises:
+        ValueError: there are too many, one may execute code or is not a plain name, or a required one is missing.
+    """
+    if len(files) > MAX_FILES:
+        raise ValueError(f"{ARTIFACT_MANIFEST} lists {len(files)} files, more than {MAX_FILES}")
+    for name in files:
+        if name != PurePosixPath(name).name or name.startswith(".") or name == ARTIFACT_MANIFEST:
+            raise ValueError(f"{ARTIFACT_MANIFEST} lists {name[:80]!a}, which is not a plain file name")
+        if name != ADAPTER_WEIGHTS and PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
+            raise ValueError(
+                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; the only file with weights is "
+                f"{ADAPTER_WEIGHTS}, and code and pickle files are refused"
+            )
+    if missing := {ADAPTER_CONFIG, ADAPTER_WEIGHTS} - set(files):
+        raise ValueError(f"the artifact has no {' and no '.join(sorted(missing))}")
 
 
 def digest_of(data: bytes) -> str:

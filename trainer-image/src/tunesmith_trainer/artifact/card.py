@@ -86,6 +86,7 @@ def text(
             "|---|---|",
             f"| Objective | {_objective(spec)} |",
             f"| Method | {_described(spec.method.name, spec.method.fields)} |",
+            *_start(prepared),
             f"| Modules | {', '.join(resolved.target_modules or []) or 'none'} |",
             f"| Steps, batch size | {_steps(prepared, evaluation)}, {resolved.batch_size} |",
             f"| Learning rate | {resolved.learning_rate:g}, {spec.hyperparameters.scheduler} |",
@@ -116,6 +117,12 @@ def _steps(prepared: Prepared, evaluation: EvaluationStatus) -> str:
     if evaluation.published_step not in (None, evaluation.stopped_early_at or prepared.resolved.total_steps):
         parts.append(f"published {evaluation.published_step}")
     return ", ".join(parts)
+
+
+def _start(prepared: Prepared) -> list[str]:
+    """Format the adapters that training started from, the newest first."""
+    ancestors = [f"{_code(ancestor.uri)}, {ancestor.digest}" for ancestor in prepared.lineage]
+    return [f"| Continued from | {'; before that '.join(ancestors)} |"] if ancestors else []
 
 
 def _overlap(counted: Preflight) -> str:

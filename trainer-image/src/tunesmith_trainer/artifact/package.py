@@ -25,7 +25,6 @@ from tunesmith_trainer.base_model import model
 from tunesmith_trainer.base_model.logits import relative_distance
 from tunesmith_trainer.base_model.precision import dtype_of
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.methods import conversion, full, servable
 from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.store import file_sha256
@@ -190,7 +189,8 @@ def _manifest(
         ),
         adapter=adapter,
         dataset_digest=resolved.dataset_digest or "",
-        spec_digest=spec_digest(job),
+        spec_digest=prepared.spec_digest,
+        continued_from=prepared.lineage or None,
         hyperparameters={**hyper, **decided},
         versions=versions,
         evaluation=trained.evaluation,

@@ -29,6 +29,7 @@ from tunesmith_trainer.methods.targets import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from peft import PeftConfig
 
@@ -58,6 +59,7 @@ class MethodPlan:
         adapted_weights: number of the base's weights in modules and experts that have an adapter.
         identity: True if the new adapter changes nothing.
         doubled: True if it is saved as the difference from its initial state, with twice the rank.
+        start: folder of the adapter whose weights it starts with; None: new ones.
     """
 
     config: PeftConfig | None
@@ -69,6 +71,7 @@ class MethodPlan:
     adapted_weights: int = 0
     identity: bool = True
     doubled: bool = False
+    start: Path | None = None
 
 
 def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:

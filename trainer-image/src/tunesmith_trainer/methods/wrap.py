@@ -12,7 +12,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from tunesmith_trainer.methods import conversion, full, verify
+from tunesmith_trainer.methods import conversion, full, start, verify
 from tunesmith_trainer.methods.loftq import initialize_loftq
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def wrap(
     _train_in_float32(model)
     if isinstance(config, LoraConfig) and config.init_lora_weights == "eva":
         initialize_lora_eva_weights(model, list(_batches(rows, model.device)), show_progress_bar=False)
+    if planned.start is not None:
+        start.load(model, planned.start)
     if planned.doubled:
         loftq = not planned.identity
         if loftq:
@@ -76,6 +78,8 @@ def wrap(
     if shard is not None:
         shard()
     verify.check_start(model, planned, before or verify.probe_without(model, rows))
+    if planned.start is not None:
+        start.check_answers(model, planned.start)
     return model
 
 

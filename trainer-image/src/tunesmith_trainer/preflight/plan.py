@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
+    from tunesmith.api.finetunejob_status import ContinuedFrom
     from tunesmith.api.hyperparameters import Hyperparameters
 
 _EVALUATIONS = 10
@@ -94,6 +95,7 @@ def resolve(
     targets: list[str],
     fingerprint: str,
     digest: str,
+    start: ContinuedFrom | None,
     folders: Mapping[str, str],
     micro_batch_size: int,
     checkpointing: bool,
@@ -108,6 +110,7 @@ def resolve(
         targets: names of the adapted modules.
         fingerprint: fingerprint of the base model.
         digest: digest of the rows.
+        start: adapter that training starts from; None: a new one.
         folders: digests of the supplied task folders, by suite.
         micro_batch_size: sequences per forward pass.
         checkpointing: True if activations are recomputed.
@@ -123,6 +126,7 @@ def resolve(
     return Resolved(
         base_model_fingerprint=fingerprint,
         dataset_digest=digest,
+        continued_from=start,
         task_folders=[TaskFolderStatus(suite=suite, digest=own) for suite, own in folders.items()] or None,
         learning_rate=spec.learning_rate,
         batch_size=batch,
@@ -144,6 +148,10 @@ def compiles(spec: FineTuneJobSpec, steps: int, *, sharded: bool) -> bool:
     return spec.resources.gpus > 0 and not sharded and steps >= COMPILED_STEPS
 
 
+def _digest(start: ContinuedFrom | None) -> str | None:
+    return None if start is None else start.digest
+
+
 def frozen(before: Resolved | None, now: Resolved) -> Resolved:
     """Keep what an earlier stage decided, whatever GPU this one runs on; decide the rest now.
 
@@ -154,4 +162,5 @@ def frozen(before: Resolved | None, now: Resolved) -> Resolved:
         return now
     require_unchanged("base model", before.base_model_fingerprint, now.base_model_fingerprint)
     require_unchanged("data set", before.dataset_digest, now.dataset_digest)
+    require_unchanged("adapter of continueFrom", _digest(before.continued_from), _digest(now.continued_from))
     return now.model_copy(update={name: value for name, value in before if value is not None})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.dataset import LossOn
-from tunesmith.api.finetunejob_status import ServableStatus
+from tunesmith.api.finetunejob_status import ContinuedFrom, ServableStatus
 from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data
@@ -20,8 +20,10 @@ from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation import folders, harness
 from tunesmith_trainer.evaluation.folders import TaskCode
 from tunesmith_trainer.evaluation.generation import Example, also_trained, load
+from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
+from tunesmith_trainer.methods.start import check_base, check_method, fetch, with_method
 from tunesmith_trainer.methods.targets import modules_of
 from tunesmith_trainer.methods.tokens import check_tokens
 from tunesmith_trainer.preflight import plan
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob, FineTuneJobSpec
     from tunesmith.api.finetunejob_status import Preflight, Resolved
+    from tunesmith.contracts.artifact import Ancestor
     from tunesmith.contracts.fingerprint import ModelFolder
     from tunesmith.storage.folder import Folder
     from tunesmith_trainer.data.loading import Rows
     from tunesmith_trainer.evaluation.folders import SuppliedTasks
     from tunesmith_trainer.methods.config import MethodPlan
+    from tunesmith_trainer.methods.start import StartAdapter
     from tunesmith_trainer.methods.targets import Modules
     from tunesmith_trainer.preflight.fitting import RunSettings
     from tunesmith_trainer.store import Stores
@@ -58,6 +62,8 @@ class Prepared:
     """A job whose inputs are checked, counted and tokenised.
 
     Args:
+        job: the job, with the method of the adapter that it continues from if its manifest has none.
+        spec_digest: digest of the manifest's spec.
         base: folder with the base's configuration and tokenizer, and its weights if they were requested.
         train: tokenised training rows: `input_ids` and `labels`, and `seq_lengths` if they are packed.
         validation: tokenised held-out rows.
@@ -69,8 +75,11 @@ class Prepared:
         ends: tokens that end an answer.
         examples: prompts and expected answers, by generation suite.
         task_folders: supplied tasks, by suite.
+        lineage: adapters that training starts from, the newest first.
     """
 
+    job: FineTuneJob
+    spec_digest: str
     base: Path
     train: Dataset
     validation: Dataset
@@ -82,6 +91,7 @@ class Prepared:
     ends: list[int]
     examples: dict[str, list[Example]]
     task_folders: dict[str, SuppliedTasks]
+    lineage: list[Ancestor]
 
 
 def prepare(
@@ -112,6 +122,9 @@ def prepare(
     Raises:
         TrainerError: an input is missing, refused or unusable.
     """
+    digest, start = spec_digest(job), _start(job.spec, stores, work)
+    if start is not None:
+        job = with_method(job, start)
     spec = job.spec if ranks is None else _with_ranks(job.spec, ranks)
     before = job.status.resolved
     folders.check_permission(spec.evaluation, task_code)
@@ -119,6 +132,10 @@ def prepare(
     base = _read_base(spec, model.fetch_base(remote, work / "base", weights=weights))
     planned = _planned(spec, base)
     fingerprint = _fingerprint(spec, LocalModelFolder(base.folder) if weights else remote)
+    if start is not None:
+        check_base(start, fingerprint, spec.base_model.uri)
+        check_method(start, planned, spec.method, base.modules)
+        planned = replace(planned, identity=False, start=start.folder)
     rows = _rows(spec, base, stores, work, tokens, write_line)
     check_tokens(planned.config, rows.train)
     examples = _examples(spec, base, stores, work)
@@ -132,6 +149,7 @@ def prepare(
         targets=planned.targets,
         fingerprint=fingerprint,
         digest=rows.digest,
+        start=None if start is None else _continued_from(start, spec),
         folders={suite: tasks.digest for suite, tasks in own.items()},
         micro_batch_size=run.micro_batch_size,
         checkpointing=run.checkpointing,
@@ -140,6 +158,8 @@ def prepare(
     resolved = plan.frozen(before, now)
     counted = preflight.judge(_counts(spec, base, rows, planned, examples), sized, spec, run, sizes, gpu_memory)
     return Prepared(
+        job=job,
+        spec_digest=digest,
         base=base.folder,
         train=rows.train,
         validation=rows.validation,
@@ -151,6 +171,18 @@ def prepare(
         ends=base.ends,
         examples=examples,
         task_folders=own,
+        lineage=[] if start is None else start.lineage,
+    )
+
+
+def _start(spec: FineTuneJobSpec, stores: Stores, work: Path) -> StartAdapter | None:
+    """Return the adapter that training starts from; None: a new one."""
+    return None if spec.continue_from is None else fetch(spec.continue_from, stores, work / "start")
+
+
+def _continued_from(start: StartAdapter, spec: FineTuneJobSpec) -> ContinuedFrom:
+    return ContinuedFrom(
+        uri=start.uri, digest=start.digest, method=spec.method.name, rank=start.manifest.adapter.rank
     )
 
 
