@@ -11,8 +11,8 @@ from tunesmith.api.manifest import parse_manifest
 from tunesmith.api.method import METHODS as DECLARED
 from tunesmith.api.method import Method
 from tunesmith.api.schema import resolved_schema
-from tunesmith.contracts.adapterconfig import adapter_of
 from tunesmith.cli.main import main
+from tunesmith.contracts.adapterconfig import adapter_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

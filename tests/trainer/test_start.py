@@ -2,65 +2,221 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
+import shutil
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.trainer.trainer_rig import Ran, Workbench, chat_row, write_rows
+from tests.trainer.test_resume import EVERY, Run, same
+from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, job_manifest, write_rows
 from tunesmith.api.conditions import FailureReason
-from tunesmith.contracts.artifact import parse_manifest
+from tunesmith.contracts.artifact import digest_of, parse_manifest
+from tunesmith.contracts.result import Outcome
+from tunesmith_trainer.main import run as run_trainer
+from tunesmith_trainer.store import file_sha256
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MORE = [chat_row(f"Who lives behind door {number}?", f"Number {number} is Wren's.") for number in range(16)]
+WEIGHTS = "adapter_model.safetensors"
+
+
+def trained(folder: Path, base_model: Path, **spec: Any) -> Path:
+    """Train an adapter, and return the artifact's folder."""
+    rows = write_rows(folder / "rows.jsonl", chat_rows(24))
+    manifest = folder / "job.yaml"
+    manifest.write_text(yaml.safe_dump(job_manifest(f"file://{base_model}", f"file://{rows}", **spec)))
+    arguments = ["--output", str(folder / "out"), "--allow-file", "--progress-port", "0"]
+    message = folder / "message"
+    code = run_trainer(["train", "--job", str(manifest), *arguments, "--termination-message", str(message)])
+    assert code == 0, message.read_text()
+    return folder / "out" / "artifact"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
+    """Train an adapter, and return its folder."""
+    return trained(tmp_path_factory.mktemp("first"), base_model)
 
 
 @pytest.fixture
-def first(bench: Workbench) -> Path:
-    """Train an adapter, and return its folder."""
-    ran = bench.run("train", bench.job(), output=str(bench.folder / "first"))
-    assert ran.code == 0, ran.result.message
-    return bench.folder / "first" / "artifact"
+def copied(first: Path, tmp_path: Path) -> Path:
+    """Copy that adapter, to damage the copy."""
+    shutil.copytree(first, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def source(artifact: Path, **more: str) -> dict[str, Any]:
+    return {"artifact": {"uri": f"file://{artifact}", **more}}
 
 
 def continued(bench: Workbench, artifact: Path, method: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
-    job = bench.job(MORE, continueFrom={"artifact": {"uri": f"file://{artifact}"}}, **spec)
+    job = bench.job(spec.pop("rows", MORE), **({"continueFrom": source(artifact)} | spec))
+    job["spec"]["method"] = method
     if method is None:
         del job["spec"]["method"]
-    else:
-        job["spec"]["method"] = method
     return job
 
 
-def test_training_starts_from_the_adapter(bench: Workbench, first: Path) -> None:
-    start = json.loads((first / "evaluation.json").read_text())["heldOutLoss"]["loss"]
-    same = bench.job(continueFrom={"artifact": {"uri": f"file://{first}"}})
-    del same["spec"]["method"]
-    same["spec"]["hyperparameters"] |= {"learningRate": 1e-7}
-    ran = bench.run("train", same)
+def publish_again(artifact: Path) -> None:
+    """Write the sizes and hashes of the changed files into the manifest."""
+    manifest = json.loads((artifact / "tunesmith.json").read_bytes())
+    for name in manifest["files"]:
+        file = artifact / name
+        manifest["files"][name] = {"sha256": file_sha256(file), "sizeBytes": file.stat().st_size}
+    (artifact / "tunesmith.json").write_text(json.dumps(manifest))
+
+
+def test_training_starts_from_the_adapter_and_records_its_lineage(
+    bench: Workbench, first: Path, tmp_path: Path
+) -> None:
+    hyper = {"maxSteps": 3, "batchSize": 4, "learningRate": 1e-7}
+    second = tmp_path / "second"
+    ran = bench.run("train", continued(bench, first, rows=chat_rows(24), hyperparameters=hyper), output=str(second))
     assert ran.code == 0, ran.result.message
+    published = parse_manifest((first / "tunesmith.json").read_bytes())
     assert ran.result.evaluation is not None
-    assert ran.result.evaluation.loss == pytest.approx(start, abs=1e-3)
-    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, bench.output / "artifact"))
+    assert published.evaluation is not None
+    assert ran.result.evaluation.loss == pytest.approx(published.evaluation.loss, abs=1e-3)
+    before, after = (load_file(folder / WEIGHTS) for folder in (first, second / "artifact"))
+    assert before.keys() == after.keys()
     assert all((after[name] - before[name]).abs().max() < 1e-5 for name in before)
-
-
-def test_lineage_is_recorded_and_a_third_generation_lists_both(bench: Workbench, first: Path) -> None:
-    second = bench.folder / "second"
-    ran = bench.run("train", continued(bench, first), output=str(second))
-    assert ran.code == 0, ran.result.message
-    digest = "sha256:" + hashlib.sha256((first / "tunesmith.json").read_bytes()).hexdigest()
+    digest = digest_of((first / "tunesmith.json").read_bytes())
     assert ran.result.resolved is not None
     assert ran.result.resolved.continued_from is not None
-    assert ran.result.resolved.continued_from.manifest() == {
-        "uri": f"file://{first}", "digest": digest, "method": "lora", "rank": 4
-    }
-    assert f"`file://{first}`, {digest}" in (second / "artifact/README.md").read_text()
-    ran = bench.run("train", continued(bench, second / "artifact", {"lora": {"rank": 4, "alpha": 8}}))
+    lineage = {"uri": f"file://{first}", "digest": digest}
+    assert ran.result.resolved.continued_from.manifest() == lineage
+    assert (ran.result.resolved.method, ran.result.resolved.rank) == ("lora", 4)
+    assert f"| Continued from | `file://{first}`, {digest} |" in (second / "artifact/README.md").read_text()
+
+    third = continued(bench, second / "artifact", {"lora": {"rank": 4, "alpha": 8}})
+    ran = bench.run("train", third)
     assert ran.code == 0, ran.result.message
-    lineage = parse_manifest((bench.output / "artifact/tunesmith.json").read_bytes()).continued_from
-    assert lineage is not None
-    assert [ancestor.uri for ancestor in lineage] == [f"file://{second}/artifact", f"file://{first}"]
-    assert lineage[1].digest == digest
+    ancestors = parse_manifest((bench.output / "artifact/tunesmith.json").read_bytes()).continued_from
+    assert ancestors is not None
+    assert [ancestor.uri for ancestor in ancestors] == [f"file://{second}/artifact", f"file://{first}"]
+    assert ancestors[1].digest == digest
+    assert bench.run("train", third).result.message == "an earlier attempt has already published this artifact"
+
+
+REFUSED: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
+    "rank": ({"lora": {"rank": 8, "alpha": 8}}, {}, "rank is 8 in spec.method and 4 in the adapter"),
+    "alpha": ({"lora": {"rank": 4}}, {}, "alpha is 32 in spec.method and 8 in the adapter"),
+    "type": ({"promptTuning": {}}, {}, 'peft_type is "PROMPT_TUNING" in spec.method and "LORA" in the adapter'),
+    "modules": (
+        {"lora": {"rank": 4, "alpha": 8, "targetModules": ["q_proj"]}},
+        {},
+        "is in the adapter only: remove spec.method to use the adapter's, or make them agree",
+    ),
+    "dora": ({"lora": {"rank": 4, "alpha": 8, "dora": True}}, {}, "dora is true in spec.method and false in"),
+    "full": ({"full": {}}, {}, "method.full trains none"),
+    "initialization": ({"lora": {"rank": 4, "alpha": 8, "initialization": "PiSSA"}}, {}, "remove initialization"),
+    "a job": (None, {"continueFrom": {"fineTuneJob": {"name": "doors"}}}, "use spec.continueFrom.artifact"),
+    "both": (
+        None,
+        {"continueFrom": {"fineTuneJob": {"name": "doors"}, "artifact": {"uri": "s3://a/b"}}},
+        "exactly one",
+    ),
+    "neither": (None, {"continueFrom": None}, "method is missing"),
+    "digest": (None, {"digest": f"sha256:{64 * '0'}"}, f"instead of sha256:{64 * '0'}: it is another artifact"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_job_that_does_not_fit_the_adapter_is_refused(bench: Workbench, first: Path, case: str) -> None:
+    method, spec, message = REFUSED[case]
+    if "digest" in spec:
+        spec = {"continueFrom": source(first, **spec)}
+    ran = bench.run("validate", continued(bench, first, method, **spec))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert message in ran.result.message
+
+
+def test_another_base_model_is_refused(bench: Workbench, copied: Path) -> None:
+    manifest = json.loads((copied / "tunesmith.json").read_bytes())
+    manifest["base"]["fingerprint"] = f"sha256:{64 * '1'}"
+    (copied / "tunesmith.json").write_text(json.dumps(manifest))
+    ran = bench.run("validate", continued(bench, copied))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert "the adapter was trained on another base model" in ran.result.message
+
+
+def test_a_folder_without_an_artifact_is_refused(bench: Workbench, tmp_path: Path) -> None:
+    ran = bench.run("validate", continued(bench, tmp_path))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.ADAPTER_NOT_FOUND)
+    assert "has no tunesmith.json" in ran.result.message
+
+
+def test_damaged_files_are_refused(bench: Workbench, copied: Path) -> None:
+    weights = load_file(copied / WEIGHTS)
+    name = next(iter(weights))
+    save_file({**weights, name: torch.full_like(weights[name], float("nan"))}, copied / WEIGHTS)
+    ran = bench.run("validate", continued(bench, copied))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert f"{WEIGHTS} was changed after it was published" in ran.result.message
+    publish_again(copied)
+    assert f"{name} has values that are not finite" in bench.run("validate", continued(bench, copied)).result.message
+    (copied / WEIGHTS).write_bytes(b"not safetensors")
+    publish_again(copied)
+    assert "is not a safetensors file" in bench.run("validate", continued(bench, copied)).result.message
+
+
+def test_an_adapter_with_other_answers_than_recorded_is_not_trained(bench: Workbench, copied: Path) -> None:
+    weights = load_file(copied / WEIGHTS)
+    save_file({name: 30 * tensor for name, tensor in weights.items()}, copied / WEIGHTS)
+    publish_again(copied)
+    ran = bench.run("train", continued(bench, copied))
+    assert ran.result.outcome is Outcome.FAILED
+    assert "parity.json recorded" in ran.result.message
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"lora": {"rank": 2, "alpha": 4, "initialization": "PiSSA", "rsLora": True}},
+        pytest.param({"lora": {"rank": 2, "dora": True, "rankPattern": {"q_proj": 4}}}, marks=pytest.mark.long),
+        pytest.param({"ia3": {}}, marks=pytest.mark.long),
+        pytest.param({"promptTuning": {"virtualTokens": 4}}, marks=pytest.mark.long),
+        pytest.param({"prefixTuning": {"virtualTokens": 4}}, marks=pytest.mark.long),
+        pytest.param({"peft": {"type": "VERA", "config": {"target_modules": ["q_proj"]}}}, marks=pytest.mark.long),
+        pytest.param({"qlora": {"rank": 2}}, marks=pytest.mark.long),
+    ],
+    ids=lambda method: next(iter(method)),
+)
+def test_methods_continue(bench: Workbench, tmp_path: Path, base_model: Path, method: dict[str, Any]) -> None:
+    folder = tmp_path / "first"
+    folder.mkdir()
+    artifact = trained(folder, base_model, method=method)
+    ran = bench.run("train", continued(bench, artifact))
+    assert ran.code == 0, ran.result.message
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(adapter / WEIGHTS).items()}
+        for adapter in (artifact, bench.output / "artifact")
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_killed_run_resumes_with_the_same_result(tmp_path: Path, first: Path, base_model: Path) -> None:
+    rows = write_rows(tmp_path / "more.jsonl", MORE)
+    hyper = {"maxSteps": 12, "batchSize": 8, "microBatchSize": 1, "learningRate": 0.01}
+    job = job_manifest(
+        f"file://{base_model}",
+        f"file://{rows}",
+        hyperparameters=hyper,
+        checkpoint={"everySteps": EVERY},
+        continueFrom=source(first),
+    )
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    whole, killed = (Run(tmp_path / name, tmp_path / "job.yaml") for name in ("whole", "killed"))
+    for run in (whole, killed):
+        run.folder.mkdir()
+    whole.finish()
+    killed.interrupt(signal.SIGKILL, EVERY + 2, 0.0)
+    assert "resumed from the checkpoint of step" in killed.finish()
+    same(killed, whole)

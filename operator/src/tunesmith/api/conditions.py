@@ -131,6 +131,9 @@ class FineTuneJobReason(Reason):
     POD_PENDING = _detail("PodPending", "A Job or its pod was just created, or the pod is starting.")
     VALIDATING = _detail("Validating", "The CPU stage is checking data, base model and settings.")
     VALID = _normal("Valid", "The CPU stage found no problem.")
+    WAITING_FOR_ADAPTER = _normal(
+        "WaitingForAdapter", "The FineTuneJob in continueFrom does not exist yet or is not complete."
+    )
     QUEUED = _normal("Queued", "The queue in scheduling.queue has not admitted the attempt's Job.")
     ADMITTED = _normal("Admitted", "The queue admitted the attempt's Job.")
     UNSCHEDULABLE = _warning("Unschedulable", "No node fits the pod. The message is the scheduler's.")
@@ -333,6 +336,13 @@ class EventReason(Reason):
 
     ATTEMPT_FAILED = _warning("AttemptFailed", "An attempt of a FineTuneJob failed.")
     ATTEMPT_PREEMPTED = _warning("AttemptPreempted", "An attempt of a FineTuneJob was pre-empted.")
+    EXPIRED = _normal(
+        "Expired",
+        "spec.ttlSecondsAfterFinished has passed: the FineTuneJob is deleted. Its artifact stays in the store.",
+    )
+    DELETION_REFUSED = _warning(
+        "DeletionRefused", "The API server refuses to delete an expired FineTuneJob. The deletion is retried."
+    )
     SCORED_ROWS_TRAINED = _warning("ScoredRowsTrained", "Rows are used both for scoring and for training.")
     SUITE_FAILED = _warning("SuiteFailed", "A suite of spec.evaluation could not be scored.")
     SCALED_UP = _normal(

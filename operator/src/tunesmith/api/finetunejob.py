@@ -321,6 +321,16 @@ class FineTuneJob(ApiModel):
             "metadata.name must not contain '.' if resources.nodes is above 1, because it is part of host names",
             lambda self: self.spec.resources.nodes <= 1 or "." not in self.metadata.name,
         ),
+        Rule(
+            "!has(self.spec.continueFrom) || !has(self.spec.continueFrom.fineTuneJob) || "
+            "self.spec.continueFrom.fineTuneJob.name != self.metadata.name",
+            "spec.continueFrom.fineTuneJob must name another FineTuneJob than this one",
+            lambda self: (
+                self.spec.continue_from is None
+                or self.spec.continue_from.fine_tune_job is None
+                or self.spec.continue_from.fine_tune_job.name != self.metadata.name
+            ),
+        ),
     )
 
     api_version: Literal["tunesmith.dev/v1alpha1"] = API_VERSION

@@ -72,8 +72,6 @@ class ContinuedFrom(StatusModel):
 
     uri: str = Field(max_length=1024, description="Folder of the artifact.")
     digest: str = Field(max_length=71, description="SHA-256 of its tunesmith.json.")
-    method: str = Field(max_length=64, description="Method of the job, given or taken from the adapter.")
-    rank: Count | None = Field(default=None, description="Rank of the adapter. Absent: the method has none.")
 
 
 class Resolved(StatusModel):
@@ -87,6 +85,12 @@ class Resolved(StatusModel):
     )
     continued_from: ContinuedFrom | None = Field(
         default=None, description="Adapter that training starts from (spec.continueFrom). Absent: a new one."
+    )
+    method: str | None = Field(
+        default=None, max_length=64, description="With continueFrom: the method, given or taken from the adapter."
+    )
+    rank: Count | None = Field(
+        default=None, description="With continueFrom: the rank of the adapter. Absent: its method has none."
     )
     task_folders: list[TaskFolderStatus] | None = Field(
         default=None, max_length=8, description="Task folders of the suites (lmEval.taskFolder). Absent: none."

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tunesmith.api.conditions import EventReason
 from tunesmith.api.finetunejob_status import AttemptOutcome
 from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError, NotFoundError
 from tunesmith.contracts.ownership import controller_of
@@ -23,12 +24,16 @@ from tunesmith.finetune.observe import (
     TRAIN,
     VALIDATE,
     WORKLOAD_LABEL,
+    adapter_source,
+    continued_job,
     index_of,
     is_job_of,
     observe,
+    users_of,
 )
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, StopJob, plan
 from tunesmith.finetune.quota import quota_shortage
+from tunesmith.finetune.start import source_name
 from tunesmith.finetune.status import status_events, without_reports
 
 if TYPE_CHECKING:
@@ -41,6 +46,9 @@ if TYPE_CHECKING:
     from tunesmith.controller.context import Context
 
 KIND = "FineTuneJob"
+_CONTINUED = "continued"
+"""Index of FineTuneJobs by the one whose adapter they start from."""
+_DELETION_RETRY_SECONDS = 300.0
 _POD_CREATION_TIME = timedelta(seconds=2)
 """Time that the Job controller may take to create the pods of a Job."""
 _log = logging.getLogger(__name__)
@@ -57,6 +65,7 @@ class FineTuneJobReconciler:
         self._statuses = StatusWriter(context)
         self._uids: dict[Key, str] = {}
         context.caches["Pod"].index(render.JOB_LABEL, _job_of_pod)
+        context.caches[KIND].index(_CONTINUED, _continued_job)
         self._progress = ProgressPoller(self._running_pods, self._progressed)
 
     @property
@@ -69,7 +78,18 @@ class FineTuneJobReconciler:
         return (
             Watch("Job", owner_keys(KIND), MANAGED),
             Watch("Pod", label_keys(KIND, render.JOB_LABEL), MANAGED),
+            Watch("AdapterDeployment", _source_of_deployment),
+            Watch(KIND, self._connected_jobs),
         )
+
+    def _connected_jobs(self, item: Object) -> Iterable[Key]:
+        """Yield the FineTuneJobs that start from the adapter of this one, and the one that this one starts from."""
+        namespace = item["metadata"].get("namespace", "")
+        for job in self._context.caches[KIND].find(_CONTINUED, f"{namespace}/{item['metadata']['name']}"):
+            yield Key(KIND, namespace, job["metadata"]["name"])
+        source = continued_job(item)
+        if source is not None:
+            yield Key(KIND, namespace, source)
 
     async def reconcile(self, key: Key) -> Result:
         """Reconcile one FineTuneJob."""
@@ -97,6 +117,8 @@ class FineTuneJobReconciler:
             now,
             await self._workloads(jobs),
             await self._quota_shortages(jobs, now),
+            self._source(finetunejob),
+            self._users(finetunejob),
         )
         decide = partial(plan, store=self._context.settings.store, allowed=self._context.settings)
         decision = decide(observation)
@@ -112,7 +134,31 @@ class FineTuneJobReconciler:
             events=partial(status_events, finetunejob.status),
             fallback=partial(without_reports, finetunejob.status),
         )
+        if decision.deletion is not None:
+            return await self._delete(manifest, decision.deletion)
         return Result(decision.requeue_after.total_seconds() if decision.requeue_after is not None else None)
+
+    async def _delete(self, manifest: Object, message: str) -> Result:
+        """Delete an expired FineTuneJob, after an Event about it. Kubernetes deletes its dependents."""
+        await self._context.recorder.event(manifest, EventReason.EXPIRED, message)
+        refusal = await self._executor.delete(manifest["metadata"]["uid"], manifest, "Background")
+        if refusal is None:
+            return Result()
+        await self._context.recorder.event(manifest, EventReason.DELETION_REFUSED, refusal.sentence, type_="Warning")
+        return Result(_DELETION_RETRY_SECONDS)
+
+    def _source(self, job: FineTuneJob) -> FineTuneJob | None:
+        """Return the FineTuneJob whose adapter a job starts from; None if it names none or that does not exist."""
+        name = source_name(job)
+        return None if name is None else self._context.jobs.get(job.metadata.namespace, name)
+
+    def _users(self, job: FineTuneJob) -> tuple[str, ...]:
+        """Return the resources that need a FineTuneJob; read only if it expires."""
+        if job.spec.ttl_seconds_after_finished is None:
+            return ()
+        metadata, caches = job.metadata, self._context.caches
+        continuing = caches[KIND].find(_CONTINUED, f"{metadata.namespace}/{metadata.name}")
+        return users_of(metadata.name, caches["AdapterDeployment"].list(metadata.namespace), continuing)
 
     async def run(self) -> None:
         """Pull the progress of running pods."""
@@ -190,9 +236,10 @@ class FineTuneJobReconciler:
     ) -> Refusal | None:
         match action:
             case CreateValidation():
+                resolved = job.model_copy(update={"status": status})
                 rendered = render.validation(job, self._installation, await self._gpu_memory(job))
                 isolation = render.isolation(job, self._context.settings.network)
-                return await self._create(job, *isolation, render.configuration(job, VALIDATE), rendered)
+                return await self._create(job, *isolation, render.configuration(resolved, VALIDATE), rendered)
             case CreateAttempt(number):
                 # The status of the plan has the values that validation resolved in this pass.
                 resolved = job.model_copy(update={"status": status})
@@ -278,3 +325,15 @@ def _job_of_pod(pod: Object) -> Iterable[str]:
     name = (pod["metadata"].get("labels") or {}).get(render.JOB_LABEL)
     if name:
         yield f"{pod['metadata'].get('namespace', '')}/{name}"
+
+
+def _continued_job(finetunejob: Object) -> Iterable[str]:
+    name = continued_job(finetunejob)
+    if name:
+        yield f"{finetunejob['metadata'].get('namespace', '')}/{name}"
+
+
+def _source_of_deployment(deployment: Object) -> Iterable[Key]:
+    name = adapter_source(deployment)
+    if name:
+        yield Key(KIND, deployment["metadata"].get("namespace", ""), name)

@@ -136,6 +136,10 @@ class Observation:
     """Pods of attempts whose Job was deleted and that are still saving."""
     refusal: Refusal | None = None
     """Refusal of a write that this plan requests."""
+    source: FineTuneJob | None = None
+    """The FineTuneJob in spec.continueFrom; None if it does not exist."""
+    users: tuple[str, ...] = ()
+    """Resources that name this FineTuneJob, which is therefore kept."""
 
 
 def observe(
@@ -146,6 +150,8 @@ def observe(
     now: datetime,
     workloads: Iterable[Object] = (),
     refused: Mapping[str, str] = MappingProxyType({}),
+    source: FineTuneJob | None = None,
+    users: tuple[str, ...] = (),
 ) -> Observation:
     """Return the observed state from the cluster's objects.
 
@@ -157,6 +163,8 @@ def observe(
         now: the time, UTC.
         workloads: Kueue's Workloads of Jobs that wait in a queue.
         refused: reason, by name of a Job, why a ResourceQuota leaves no room for its pods.
+        source: the FineTuneJob in spec.continueFrom; None if it does not exist.
+        users: result of `users_of`.
     """
     metadata = finetunejob.metadata
     by_owner: dict[str, list[Object]] = {}
@@ -186,6 +194,8 @@ def observe(
         validation=validation,
         attempts=dict(sorted(attempts.items())),
         progress=progress,
+        source=source,
+        users=users,
         lingering=tuple(
             pod["metadata"]["name"]
             for owner, owned in by_owner.items()
@@ -194,6 +204,44 @@ def observe(
             if _may_write(pod, metadata)
         ),
     )
+
+
+def users_of(name: str, deployments: Iterable[Object], finetunejobs: Iterable[Object]) -> tuple[str, ...]:
+    """Return the resources that need a FineTuneJob: AdapterDeployments and unfinished FineTuneJobs that name it.
+
+    Args:
+        name: name of the FineTuneJob.
+        deployments: AdapterDeployments of its namespace.
+        finetunejobs: FineTuneJobs of its namespace.
+    """
+    serving = [item for item in deployments if adapter_source(item) == name]
+    training = [item for item in finetunejobs if continued_job(item) == name and not _is_terminal(item)]
+    return tuple(
+        f"{item['kind']} {item['metadata']['name']}"
+        for item in [*serving, *training]
+        if "deletionTimestamp" not in item["metadata"]
+    )
+
+
+def adapter_source(deployment: Object) -> str | None:
+    """Return the name of the FineTuneJob whose adapter an AdapterDeployment serves."""
+    return _name(deployment, "adapterFrom")
+
+
+def continued_job(finetunejob: Object) -> str | None:
+    """Return the name of the FineTuneJob whose adapter another one starts from; None if it names none."""
+    return _name(finetunejob, "continueFrom")
+
+
+def _name(item: Object, field: str) -> str | None:
+    source = (item.get("spec") or {}).get(field) or {}
+    name: str | None = (source.get("fineTuneJob") or {}).get("name")
+    return name
+
+
+def _is_terminal(finetunejob: Object) -> bool:
+    conditions = (finetunejob.get("status") or {}).get("conditions") or ()
+    return any(entry["type"] in {"Complete", "Failed"} and entry["status"] == "True" for entry in conditions)
 
 
 def is_job_of(finetunejob: ObjectMeta, job: Object) -> bool:

@@ -10,16 +10,19 @@ from tunesmith.contracts.scheduling import scheduling_violation
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tunesmith.api.continue_from import ArtifactReference
     from tunesmith.api.dataset import DatasetSource
     from tunesmith.api.evaluation import TaskFolder
     from tunesmith.api.finetunejob import BaseModelSource, FineTuneJob
     from tunesmith.contracts.scheduling import AllowedScheduling
 
 
-def sources(job: FineTuneJob) -> Iterator[tuple[str, BaseModelSource | DatasetSource | TaskFolder]]:
+def sources(job: FineTuneJob) -> Iterator[tuple[str, BaseModelSource | ArtifactReference | DatasetSource | TaskFolder]]:
     """Yield everything that the job reads, with its path in the manifest."""
     spec = job.spec
     yield "spec.baseModel", spec.base_model
+    if spec.continue_from is not None and spec.continue_from.artifact is not None:
+        yield "spec.continueFrom.artifact", spec.continue_from.artifact
     for field in ("train", "validation"):
         for number, source in enumerate(getattr(spec.dataset, field) or []):
             yield f"spec.dataset.{field}[{number}]", source

@@ -13,6 +13,7 @@ from tunesmith.contracts.refusal import RefusalCause
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
 from tunesmith.finetune.classify import VALIDATION, JobOutcome, eviction_outcome, find_obstacle, job_outcome
 from tunesmith.finetune.permission import forbidden
+from tunesmith.finetune.start import NotReady, start_of
 from tunesmith.finetune.status import StatusBuilder
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _PERMISSION_REQUEUE = timedelta(minutes=5)
 _MIN_RETRY_DELAY = timedelta(seconds=5)
 _MAX_RETRY_DELAY = timedelta(minutes=5)
 _WAITING_REQUEUE = timedelta(seconds=30)
+_SOURCE_REQUEUE = timedelta(minutes=5)
+_IN_USE_REQUEUE = timedelta(minutes=5)
+_MAX_REQUEUE = timedelta(days=1)
 _REFUSED_REQUEUE = timedelta(seconds=5)
 """Delay until the next plan after a refused write; the executor's own delays between retries are longer."""
 
@@ -59,12 +63,15 @@ Action = CreateValidation | CreateAttempt | StopJob
 class Plan:
     """Actions in order, the status to write after them, and the delay until the next check (None: at the next change).
 
+    `deletion`: message of the Event after which the FineTuneJob itself is deleted; None: it is kept.
+
     If an action is refused, the plan is made again with the refusal as an observation, and the new status is written.
     """
 
     actions: tuple[Action, ...]
     status: FineTuneJobStatus
     requeue_after: timedelta | None = None
+    deletion: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,24 @@ def plan(observation: Observation, store: str, allowed: AllowedScheduling = DEFA
     step = _decide(observation, status, store, allowed)
     if step.actions and observation.refusal is not None:
         step = _report_refusal(observation.refusal, observation, status)
-    return Plan(step.actions, status.build(), step.requeue_after)
+    built = status.build()
+    if status.terminal and not step.actions:
+        return _expire(observation, built, step)
+    return Plan(step.actions, built, step.requeue_after)
+
+
+def _expire(observation: Observation, status: FineTuneJobStatus, step: _Step) -> Plan:
+    """Return the plan of a finished job, which is deleted once its time has passed and nothing names it."""
+    seconds, finished = observation.job.spec.ttl_seconds_after_finished, status.completion_time
+    if seconds is None or finished is None:
+        return Plan((), status, step.requeue_after)
+    due = finished + timedelta(seconds=seconds)
+    if observation.now < due:
+        return Plan((), status, min(due - observation.now, _MAX_REQUEUE))
+    if observation.users:
+        return Plan((), status, _IN_USE_REQUEUE)
+    location = f"; its artifact stays at {status.artifact.uri}" if status.artifact is not None else ""
+    return Plan((), status, None, f"finished more than {seconds} s ago (spec.ttlSecondsAfterFinished){location}")
 
 
 def _decide(observation: Observation, status: StatusBuilder, store: str, allowed: AllowedScheduling) -> _Step:
@@ -172,6 +196,15 @@ def _validate(observation: Observation, status: StatusBuilder, store: str, denia
         status.invalid(FailureReason.NOT_ALLOWED, denial)
         return _Step()
     if job is None:
+        start = start_of(observation.job, observation.source, store)
+        if isinstance(start, NotReady) and start.final:
+            status.invalid(FailureReason.ADAPTER_NOT_FOUND, start.message)
+            return _Step()
+        if isinstance(start, NotReady):
+            status.validating(FineTuneJobReason.WAITING_FOR_ADAPTER, start.message)
+            return _Step(requeue_after=_SOURCE_REQUEUE)
+        if start is not None:
+            status.starts_from(start)
         status.validating(FineTuneJobReason.POD_PENDING, "the validation Job is being created")
         return _Step((CreateValidation(),), _WAITING_REQUEUE)
     if not job.finished:

@@ -23,6 +23,7 @@ from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
 from tunesmith.finetune.permission import sources
+from tunesmith.finetune.start import source_name
 from tunesmith.storage.schemes import STORE_KEYS
 
 if TYPE_CHECKING:
@@ -68,18 +69,23 @@ class JobInstallation:
 def configuration(job: FineTuneJob, stage: str) -> Object:
     """Return the ConfigMap with the manifest that the trainer reads.
 
-    It is created once and never changed: the values resolved before the first attempt apply to all attempts.
+    It is created once and never changed: the values resolved before the first attempt apply to all attempts. The
+    trainer knows no FineTuneJobs, so one in continueFrom is replaced by its artifact, which the status has.
 
     Args:
         job: the FineTuneJob.
         stage: VALIDATE, or TRAIN for every attempt, whose manifest also has the values that validation resolved.
     """
     resolved = job.status.resolved if stage == TRAIN else None
+    spec = job.spec.manifest()
+    start = job.status.resolved.continued_from if job.status.resolved is not None else None
+    if start is not None and source_name(job) is not None:
+        spec["continueFrom"] = {"artifact": start.manifest()}
     manifest = {
         "apiVersion": job.api_version,
         "kind": job.kind,
         "metadata": {"name": job.metadata.name, "namespace": job.metadata.namespace, "uid": job.metadata.uid},
-        "spec": job.spec.manifest(),
+        "spec": spec,
         **({"status": {"resolved": resolved.manifest()}} if resolved is not None else {}),
     }
     return {

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.conditions import Reason
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.api.finetunejob_status import Attempt, Preflight
+    from tunesmith.api.finetunejob_status import Attempt, ContinuedFrom, Preflight
     from tunesmith.contracts.result import TrainerResult
 
 PROGRESS_INTERVAL = timedelta(seconds=10)
@@ -59,6 +59,10 @@ class StatusBuilder:
     def validating(self, reason: Reason, message: str) -> None:
         """Report that the CPU stage is waiting or running."""
         self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.UNKNOWN, reason, message)
+
+    def starts_from(self, start: ContinuedFrom) -> None:
+        """Record the adapter that training starts from; later reports of pods do not replace it."""
+        self._status.resolved = merged(Resolved(continued_from=start), self._status.resolved)
 
     def valid(self, result: TrainerResult | None) -> None:
         """Report that the CPU stage found nothing wrong."""

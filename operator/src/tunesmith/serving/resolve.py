@@ -94,8 +94,15 @@ def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store:
         uri=artifact_uri(store, namespace, name, job.metadata.uid),
         fingerprint=status.resolved.base_model_fingerprint if status.resolved is not None else None,
         origin=f"FineTuneJob {name}",
-        rank=job.spec.method.published_rank,
+        rank=_rank(job),
     )
+
+
+def _rank(job: FineTuneJob) -> int | None:
+    """Return a lower bound of the adapter's highest rank; None if its method does not define one."""
+    if job.spec.requested_method is None:
+        return job.status.resolved.rank if job.status.resolved is not None else None
+    return job.spec.method.published_rank
 
 
 def _progress(job: FineTuneJob) -> str:

@@ -136,7 +136,11 @@ def fetch(wanted: ContinueFrom, stores: Stores, folder: Path) -> StartAdapter:
         if manifest.adapter.method == "full":
             raise InvalidSpecError(f"{where} is a model, trained with method.full: use it as spec.baseModel")
         check_files(manifest.files)
-        for name, limit in ((ADAPTER_CONFIG, MAX_CONFIG_BYTES), (PARITY_FILE, _MAX_PARITY_BYTES), (ADAPTER_WEIGHTS, None)):
+        for name, limit in (
+            (ADAPTER_CONFIG, MAX_CONFIG_BYTES),
+            (PARITY_FILE, _MAX_PARITY_BYTES),
+            (ADAPTER_WEIGHTS, None),
+        ):
             _download(remote, name, manifest, folder, limit)
         parse_object((folder / ADAPTER_CONFIG).read_bytes(), max_bytes=MAX_CONFIG_BYTES, max_values=_MAX_CONFIG_VALUES)
         Parity.model_validate_json((folder / PARITY_FILE).read_bytes())
@@ -218,9 +222,12 @@ def check_method(start: StartAdapter, planned: MethodPlan, method: Method, modul
     assert planned.config is not None  # noqa: S101 - CEL refuses method.full
     ours = published_config(planned.config.to_dict(), sorted(planned.modules), doubled=planned.doubled)
     theirs = start.config
+    named = {
+        name.key: str(type(method.fields).model_fields[own].alias) for own, name in method.fields.peft_names.items()
+    }
     keys = ["peft_type"] if ours["peft_type"] != theirs.get("peft_type") else {*ours, *theirs} - _WITHOUT_EFFECT
     differ = [
-        f"{key} is {_shown(ours.get(key))} in spec.method and {_shown(theirs.get(key))} in the adapter"
+        f"{named.get(key, key)} is {_shown(ours.get(key))} in spec.method and {_shown(theirs.get(key))} in the adapter"
         for key in sorted(keys, key=_by_importance)
         if (ours.get(key) or None) != (theirs.get(key) or None)
     ]

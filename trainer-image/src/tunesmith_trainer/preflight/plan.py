@@ -96,6 +96,7 @@ def resolve(
     fingerprint: str,
     digest: str,
     start: ContinuedFrom | None,
+    rank: int | None,
     folders: Mapping[str, str],
     micro_batch_size: int,
     checkpointing: bool,
@@ -111,6 +112,7 @@ def resolve(
         fingerprint: fingerprint of the base model.
         digest: digest of the rows.
         start: adapter that training starts from; None: a new one.
+        rank: rank of that adapter; None if it has none.
         folders: digests of the supplied task folders, by suite.
         micro_batch_size: sequences per forward pass.
         checkpointing: True if activations are recomputed.
@@ -140,6 +142,8 @@ def resolve(
         evaluation_every_steps=evaluation_every(spec, steps, batch, held_out),
         publish=spec.publish,
         target_modules=targets,
+        method=None if start is None else spec.method.name,
+        rank=None if start is None else rank,
     )
 
 

@@ -149,7 +149,8 @@ def prepare(
         targets=planned.targets,
         fingerprint=fingerprint,
         digest=rows.digest,
-        start=None if start is None else _continued_from(start, spec),
+        start=None if start is None else ContinuedFrom(uri=start.uri, digest=start.digest),
+        rank=None if start is None else start.manifest.adapter.rank,
         folders={suite: tasks.digest for suite, tasks in own.items()},
         micro_batch_size=run.micro_batch_size,
         checkpointing=run.checkpointing,
@@ -178,12 +179,6 @@ def prepare(
 def _start(spec: FineTuneJobSpec, stores: Stores, work: Path) -> StartAdapter | None:
     """Return the adapter that training starts from; None: a new one."""
     return None if spec.continue_from is None else fetch(spec.continue_from, stores, work / "start")
-
-
-def _continued_from(start: StartAdapter, spec: FineTuneJobSpec) -> ContinuedFrom:
-    return ContinuedFrom(
-        uri=start.uri, digest=start.digest, method=spec.method.name, rank=start.manifest.adapter.rank
-    )
 
 
 @dataclass(frozen=True)
