@@ -156,7 +156,7 @@ def test_the_api_servers_sentences_are_shown(apiserver: ApiServer, namespace: st
     manifest.write_text(manifest.read_text().replace("train.jsonl", "other.jsonl"))
     code, _, problems = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace)
     assert code == 1
-    assert "spec is immutable except for suspend and activeDeadlineSeconds: create another FineTuneJob" in problems
+    assert "spec is immutable except for suspend, activeDeadlineSeconds and ttlSecondsAfterFinished: create" in problems
     code, _, problems = tunesmith(apiserver, "submit", "-f", manifest, "-n", "not-there")
     assert code == 1
     assert 'namespaces "not-there" not found' in problems

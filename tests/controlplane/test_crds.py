@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.controlplane
 
 AUTOSCALED = "replicas is set by autoscaling: remove autoscaling first"
-IMMUTABLE = "spec is immutable except for suspend and activeDeadlineSeconds: create"
+IMMUTABLE = "spec is immutable except for suspend, activeDeadlineSeconds and ttlSecondsAfterFinished: create"
 
 
 def assert_refused(apiserver: ApiServer, document: dict[str, Any], sentence: str, *arguments: str) -> None:

@@ -113,7 +113,8 @@ class FineTuneJobSpec(ApiModel):
             lambda self: self.dataset.format is DataFormat.AUTO or self.dataset.format in FORMATS[self.objective_name],
         ),
         Rule(
-            "!has(self.method) || !has(self.method.full) || !has(self.objective) || has(self.objective.sft) || has(self.objective.orpo)",
+            "!has(self.method) || !has(self.method.full) || !has(self.objective) || has(self.objective.sft) || "
+            "has(self.objective.orpo)",
             "method.full supports the objectives sft and orpo only: dpo and kto need the unchanged base model at each "
             "step; use another method or objective",
             lambda self: self.method.full is None or self.objective_name not in {ObjectiveName.DPO, ObjectiveName.KTO},
@@ -136,7 +137,8 @@ class FineTuneJobSpec(ApiModel):
             lambda self: self.resources.data_parallelism is not DataParallelism.FSDP2 or self.method.shardable,
         ),
         Rule(
-            f"!({_SHARDED_CEL} && has(self.method) && has(self.method.full)) || !has(self.hyperparameters.optimizer) || "
+            f"!({_SHARDED_CEL} && has(self.method) && has(self.method.full)) || "
+            "!has(self.hyperparameters.optimizer) || "
             f"self.hyperparameters.optimizer in {quoted(SHARDED_OPTIMIZERS)}",
             f"hyperparameters.optimizer: with FSDP2, method.full supports {' and '.join(SHARDED_OPTIMIZERS)} only: use"
             " one of them, or DDP",
@@ -300,7 +302,8 @@ FineTuneJobSpec.rules = (
         " && ".join(
             _kept(str(field.alias)) for name, field in FineTuneJobSpec.model_fields.items() if name not in _MUTABLE
         ),
-        "spec is immutable except for suspend, activeDeadlineSeconds and ttlSecondsAfterFinished: create another FineTuneJob under a new name",
+        "spec is immutable except for suspend, activeDeadlineSeconds and ttlSecondsAfterFinished: create another "
+        "FineTuneJob under a new name",
     ),
     *FineTuneJobSpec.rules,
 )

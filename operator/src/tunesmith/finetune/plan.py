@@ -192,21 +192,8 @@ def _suspend(observation: Observation, status: StatusBuilder) -> _Step:
 
 def _validate(observation: Observation, status: StatusBuilder, store: str, denial: str | None) -> _Step:
     job = observation.validation
-    if job is None and denial is not None:
-        status.invalid(FailureReason.NOT_ALLOWED, denial)
-        return _Step()
     if job is None:
-        start = start_of(observation.job, observation.source, store)
-        if isinstance(start, NotReady) and start.final:
-            status.invalid(FailureReason.ADAPTER_NOT_FOUND, start.message)
-            return _Step()
-        if isinstance(start, NotReady):
-            status.validating(FineTuneJobReason.WAITING_FOR_ADAPTER, start.message)
-            return _Step(requeue_after=_SOURCE_REQUEUE)
-        if start is not None:
-            status.starts_from(start)
-        status.validating(FineTuneJobReason.POD_PENDING, "the validation Job is being created")
-        return _Step((CreateValidation(),), _WAITING_REQUEUE)
+        return _begin_validation(observation, status, store, denial)
     if not job.finished:
         outcome = _futile_validation(job)
         if outcome is not None:
@@ -240,6 +227,24 @@ def _validate(observation: Observation, status: StatusBuilder, store: str, denia
         outcome = replace(outcome, reason=FailureReason.INTERNAL_ERROR, message="validation was pre-empted too often")
     status.invalid(outcome.reason or FailureReason.INTERNAL_ERROR, outcome.message, outcome.result)
     return _Step()
+
+
+def _begin_validation(observation: Observation, status: StatusBuilder, store: str, denial: str | None) -> _Step:
+    """Create the validation Job, once the adapter that the job starts from is published."""
+    if denial is not None:
+        status.invalid(FailureReason.NOT_ALLOWED, denial)
+        return _Step()
+    start = start_of(observation.job, observation.source, store)
+    if isinstance(start, NotReady):
+        if start.final:
+            status.invalid(FailureReason.ADAPTER_NOT_FOUND, start.message)
+            return _Step()
+        status.validating(FineTuneJobReason.WAITING_FOR_ADAPTER, start.message)
+        return _Step(requeue_after=_SOURCE_REQUEUE)
+    if start is not None:
+        status.starts_from(start)
+    status.validating(FineTuneJobReason.POD_PENDING, "the validation Job is being created")
+    return _Step((CreateValidation(),), _WAITING_REQUEUE)
 
 
 def _futile_validation(job: JobView) -> JobOutcome | None:

@@ -14,6 +14,7 @@ from peft.utils import PeftType
 
 from tunesmith_trainer.base_model.logits import batch_of_one, mixed_precision
 from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.methods.start import check_answers
 from tunesmith_trainer.methods.targets import pattern_value
 
 if TYPE_CHECKING:
@@ -79,7 +80,12 @@ def probe_without(model: PeftModel, rows: Dataset) -> Probe:
 
 
 def check_start(model: PeftModel, planned: MethodPlan, before: Probe) -> None:
-    """Raise SelfCheckError if the untrained adapter changes the base's loss, or if disabling it does."""
+    """Check the model before its first step.
+
+    Raises:
+        SelfCheckError: a new adapter changes the base's loss, disabling the adapter does, or an adapter that training
+            continues from gives other answers than recorded.
+    """
     coarse = any(
         parameter.dtype is not torch.float32 or hasattr(parameter, "quant_state") for parameter in model.parameters()
     )
@@ -92,6 +98,8 @@ def check_start(model: PeftModel, planned: MethodPlan, before: Probe) -> None:
             f"the untrained adapter changes the base's loss from {before.loss:.6f} to {found:.6f}, which must not "
             "change it"
         )
+    if planned.start is not None:
+        check_answers(model, planned.start)
     with model.disable_adapter():
         base = _loss(model, before.rows)
     if not abs(base - before.loss) <= tolerance:
