@@ -89,9 +89,40 @@ NO_SUITE = "a gate of evaluation.gates refers to a suite that is not in evaluati
 NO_METRIC = "a gate of evaluation.gates refers to a metric that its suite does not have: heldOutLoss has Loss and"
 NO_LIMIT = "a gate of evaluation.gates must have min or max: without them it would always pass"
 
+FROM_JOB = {"fineTuneJob": {"name": "wren"}}
+FROM_ARTIFACT = {"artifact": {"uri": "s3://adapters/wren"}}
+ONE_START = "continueFrom must have exactly one of fineTuneJob and artifact: keep one and remove the other"
+NO_FULL = "continueFrom starts from an adapter, and method.full trains none: remove continueFrom"
+INITIALIZED = "continueFrom starts from the adapter's weights, so they are not initialized: remove"
+ITSELF = "spec.continueFrom.fineTuneJob must name another FineTuneJob than this one"
+
 # case → (what is changed in a minimal job, what `kubectl apply` says, what a local run says)
 REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no method": ({"method": {}}, ONE_METHOD, ONE_METHOD),
+    "two adapters to start from": ({"continueFrom": {**FROM_JOB, **FROM_ARTIFACT}}, ONE_START, ONE_START),
+    "no adapter to start from": ({"continueFrom": {}}, ONE_START, ONE_START),
+    "full from an adapter": ({"continueFrom": FROM_JOB, "method": {"full": {}}}, NO_FULL, NO_FULL),
+    "an initialized start": (
+        {"continueFrom": FROM_JOB, "method": {"lora": {"initialization": "PiSSA"}}},
+        INITIALIZED,
+        INITIALIZED,
+    ),
+    "a start in 4 bits that is initialized": (
+        {"continueFrom": FROM_ARTIFACT, "method": {"qlora": {"initialization": "LoftQ"}}},
+        INITIALIZED,
+        INITIALIZED,
+    ),
+    "a start from itself": ({"continueFrom": {"fineTuneJob": {"name": "tone"}}}, ITSELF, ITSELF),
+    "a digest of nothing": (
+        {"continueFrom": {"artifact": {"uri": "s3://a/tone", "digest": "sha256:abc"}}},
+        "a digest is sha256: and 64 hex digits",
+        "a digest is sha256: and 64 hex digits",
+    ),
+    "no time before deletion": (
+        {"ttlSecondsAfterFinished": -1},
+        "spec.ttlSecondsAfterFinished in body should be greater than or equal to 0",
+        "spec.ttlSecondsAfterFinished is -1: it must be at least 0",
+    ),
     "lora and ia3": ({"method": {"lora": {}, "ia3": {}}}, ONE_METHOD, ONE_METHOD),
     "dora on a changed base": ({"method": {"lora": {"dora": True, "initialization": "PiSSA"}}}, DORA, DORA),
     "odd rank": ({"method": {"lora": {"rank": 3, "initialization": "Orthogonal"}}}, EVEN, EVEN),
@@ -149,8 +180,8 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "two methods": ({"method__qlora": {}}, ONE_METHOD, ONE_METHOD),
     "method omitted": (
         {"method": REMOVE},
-        "spec.method: Required value",
-        "spec.method is missing: Fine-tuning method; exactly one field.",
+        "method is missing: set it, such as method: {lora: {}}",
+        "method is missing: set it, such as method: {lora: {}}",
     ),
     "rank 0": (
         {"method__lora__rank": 0},

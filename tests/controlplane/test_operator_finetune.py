@@ -134,6 +134,38 @@ async def test_values_resolved_by_validation_reach_every_attempt(world: World) -
     assert [json.loads(item["data"]["job.yaml"])["status"] for item in manifests] == [{"resolved": decided}] * 2
 
 
+async def test_a_job_starts_from_another_one_and_an_expired_job_is_deleted(world: World) -> None:
+    world.kubelet.script = published
+    await world.submit("second", continueFrom={"fineTuneJob": {"name": "tone"}})
+
+    async def waits() -> bool:
+        return (await world.condition("Validated", "second")).get("reason") == "WaitingForAdapter"
+
+    await until(waits, "the second job to wait")
+    first = await world.submit(ttlSecondsAfterFinished=0)
+
+    async def complete() -> bool:
+        return (await world.condition("Complete", "second")).get("status") == "True"
+
+    await until(complete, "the end of the second job")
+    artifact = {"uri": f"{STORE}/{world.namespace}/tone-{first['metadata']['uid']}/artifact", "digest": DIGEST}
+    assert (await world.status("second"))["resolved"]["continuedFrom"] == artifact
+    manifests = [
+        json.loads(item["data"]["job.yaml"])["spec"]["continueFrom"]
+        for item in await world.cluster.list("ConfigMap", world.namespace)
+        if item["metadata"]["name"].startswith("second-")
+    ]
+    assert manifests == [{"artifact": artifact}] * 2
+
+    async def expired() -> bool:
+        return await world.cluster.find(KIND, "tone", world.namespace) is None
+
+    await until(expired, "the deletion of the first job")
+    events = await world.cluster.list("Event", world.namespace, fields="reason=Expired")
+    assert [event["involvedObject"]["name"] for event in events] == ["tone"]
+    assert artifact["uri"] in events[0]["message"]
+
+
 async def test_a_retryable_failure_is_retried_until_attempts_are_exhausted(world: World) -> None:
     def script(pod: Object) -> Ending:
         if pod["spec"]["containers"][0]["args"][0] == "validate":

@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
     "dora": ({"lora": {"rank": 4, "alpha": 8, "dora": True}}, {}, "dora is true in spec.method and false in"),
     "full": ({"full": {}}, {}, "method.full trains none"),
     "initialization": ({"lora": {"rank": 4, "alpha": 8, "initialization": "PiSSA"}}, {}, "remove initialization"),
-    "a job": (None, {"continueFrom": {"fineTuneJob": {"name": "doors"}}}, "use spec.continueFrom.artifact"),
+    "a job": (None, {"continueFrom": {"fineTuneJob": {"name": "wren"}}}, "use spec.continueFrom.artifact"),
     "both": (
         None,
         {"continueFrom": {"fineTuneJob": {"name": "doors"}, "artifact": {"uri": "s3://a/b"}}},

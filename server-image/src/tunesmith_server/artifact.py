@@ -10,7 +10,6 @@ import hashlib
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.contracts.artifact import (
@@ -38,6 +37,7 @@ from tunesmith_server.lora import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from tunesmith.contracts.agent import DesiredAdapter
     from tunesmith_server.base_weights import BaseWeights

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -37,6 +37,7 @@ from tunesmith_trainer.methods.conversion import published_config
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from peft import PeftModel
@@ -193,7 +194,7 @@ def with_method(job: FineTuneJob, start: StartAdapter) -> FineTuneJob:
     if job.spec.requested_method is not None:
         return job
     try:
-        found = adapter_of({**start.config, "base_model_name_or_path": "base", "revision": None})
+        found = adapter_of({**_whole_alphas(start.config), "base_model_name_or_path": "base", "revision": None})
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InvalidSpecError(f"{_FIELD}: {ADAPTER_CONFIG} of the adapter is malformed: name another one") from None
     if found.omitted:
@@ -211,6 +212,25 @@ def with_method(job: FineTuneJob, start: StartAdapter) -> FineTuneJob:
         raise InvalidSpecError(
             f"{_FIELD}: the adapter's method does not fit the spec: {'.'.join(map(str, problem['loc']))}: {text}"
         ) from None
+
+
+def _whole_alphas(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return PEFT's configuration with the nearest whole alphas: a method's fields have no others."""
+    alphas = {name: round(value) for name, value in (config.get("alpha_pattern") or {}).items()}
+    return {**config, "alpha_pattern": alphas} | (
+        {"lora_alpha": round(config["lora_alpha"])} if "lora_alpha" in config else {}
+    )
+
+
+def with_scales(planned: MethodPlan, start: StartAdapter) -> MethodPlan:
+    """Return the plan with the exact alphas of the adapter that its method was taken from.
+
+    They are no whole numbers if it was saved with twice its rank and scaled by alpha / √rank.
+    """
+    if not isinstance(planned.config, LoraConfig):
+        return planned
+    alphas = {"lora_alpha": start.config["lora_alpha"], "alpha_pattern": start.config.get("alpha_pattern") or {}}
+    return replace(planned, config=replace(planned.config, **alphas))
 
 
 def check_method(start: StartAdapter, planned: MethodPlan, method: Method, modules: Modules) -> None:
@@ -231,7 +251,8 @@ def check_method(start: StartAdapter, planned: MethodPlan, method: Method, modul
         for key in sorted(keys, key=_by_importance)
         if (ours.get(key) or None) != (theirs.get(key) or None)
     ]
-    if not differ and method.fields.traits.counted:
+    # The tensors of a prompt follow from the number of its tokens.
+    if not differ and method.fields.traits.counted and not planned.config.is_prompt_learning:
         differ = _tensor_differences(start, planned, method, modules)
     if differ:
         raise InvalidSpecError(

@@ -23,7 +23,7 @@ from tunesmith_trainer.evaluation.generation import Example, also_trained, load
 from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
-from tunesmith_trainer.methods.start import check_base, check_method, fetch, with_method
+from tunesmith_trainer.methods.start import check_base, check_method, fetch, with_method, with_scales
 from tunesmith_trainer.methods.targets import modules_of
 from tunesmith_trainer.methods.tokens import check_tokens
 from tunesmith_trainer.preflight import plan
@@ -123,6 +123,7 @@ def prepare(
         TrainerError: an input is missing, refused or unusable.
     """
     digest, start = spec_digest(job), _start(job.spec, stores, work)
+    adopted = start is not None and job.spec.requested_method is None
     if start is not None:
         job = with_method(job, start)
     spec = job.spec if ranks is None else _with_ranks(job.spec, ranks)
@@ -134,6 +135,8 @@ def prepare(
     fingerprint = _fingerprint(spec, LocalModelFolder(base.folder) if weights else remote)
     if start is not None:
         check_base(start, fingerprint, spec.base_model.uri)
+        if adopted:
+            planned = with_scales(planned, start)
         check_method(start, planned, spec.method, base.modules)
         planned = replace(planned, identity=False, start=start.folder)
     rows = _rows(spec, base, stores, work, tokens, write_line)
