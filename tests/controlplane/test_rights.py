@@ -306,7 +306,10 @@ CALLED: dict[str, tuple[tuple[str, ...], str]] = {
         ("patch", "finetunejob", "tone", "-n", TEAM, "--type=merge", "-p", '{"spec": {"suspend": true}}'),
         RBAC,
     ),
-    "delete a job": (("delete", "finetunejob", "tone", "-n", TEAM), RBAC),
+    "delete a job that does not expire": (
+        ("delete", "finetunejob", "tone", "-n", TEAM),
+        "only finished FineTuneJobs with spec.ttlSecondsAfterFinished",
+    ),
     "take another's lease": (("get", "lease", "other", "-n", SYSTEM), RBAC),
 }
 

@@ -149,7 +149,8 @@ class FineTuneJobSpec(ApiModel):
             ),
         ),
         Rule(
-            "!has(self.method) || !has(self.method.adaLora) || !has(self.evaluation) || !has(self.evaluation.earlyStopping) && "
+            "!has(self.method) || !has(self.method.adaLora) || !has(self.evaluation) || "
+            "!has(self.evaluation.earlyStopping) && "
             "(!has(self.evaluation.publish) || self.evaluation.publish == 'Last')",
             "evaluation.publish: Best and evaluation.earlyStopping do not support method.adaLora, whose ranks are "
             "final only after the last step: remove them, or use another method",

@@ -194,7 +194,7 @@ def with_method(job: FineTuneJob, start: StartAdapter) -> FineTuneJob:
     if job.spec.requested_method is not None:
         return job
     try:
-        found = adapter_of({**_whole_alphas(start.config), "base_model_name_or_path": "base", "revision": None})
+        found = adapter_of({**_whole_alphas(start.config), "base_model_name_or_path": "its/base", "revision": None})
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InvalidSpecError(f"{_FIELD}: {ADAPTER_CONFIG} of the adapter is malformed: name another one") from None
     if found.omitted:
