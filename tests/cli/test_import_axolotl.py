@@ -517,9 +517,12 @@ def test_tasks_of_the_harness_become_a_suite(imported: Import) -> None:
     assert "plugins" not in err
     evaluation = parse_manifest(out).spec.evaluation
     assert evaluation is not None
-    assert evaluation.manifest() == {"suites": [{"name": "lm-eval", "lmEval": {"tasks": ["arc_easy", "mmlu"]}}]}
+    suites = [{"name": "lm-eval", "lmEval": {"tasks": ["arc_easy", "mmlu"]}}]
+    assert evaluation.manifest() == {"publish": "Last", "suites": suites}
     code, out, err = imported(SMALL + plugin + "lm_eval_post_train: false\n")
-    assert parse_manifest(out).spec.evaluation is None
+    evaluation = parse_manifest(out).spec.evaluation
+    assert evaluation is not None
+    assert evaluation.suites is None
     assert "lm_eval_tasks has no counterpart and is omitted: lm_eval_post_train is false" in err
 
 
@@ -564,6 +567,7 @@ def test_defaults_of_axolotl_are_written_and_reported(imported: Import, tmp_path
 def test_explicit_values_are_not_reported_as_defaults(imported: Import, tmp_path: Path) -> None:
     given = (
         "sequence_len: 1024\nmicro_batch_size: 4\ngradient_accumulation_steps: 2\nnum_epochs: 2\nval_set_size: 0.2\n"
+        "load_best_model_at_end: true\n"
     )
     code, out, err = imported(SMALL + given)
     assert (code, err) == (0, "")
@@ -706,7 +710,7 @@ def test_intervals_that_are_a_share_of_the_run() -> None:
     found = translate(MINIMAL | shares | {"max_steps": 90}, "/")
     assert found.omitted == {}
     assert found.spec["checkpoint"] == {"everySteps": 23}
-    assert found.spec["evaluation"] == {"everySteps": 9}
+    assert found.spec["evaluation"] == {"publish": "Last", "everySteps": 9}
     found = translate(MINIMAL | shares, "/")
     assert set(found.omitted) == set(shares)
     assert "set checkpoint.everySteps to 0.25 of the steps" in found.omitted["save_steps"]
@@ -730,3 +734,11 @@ def test_the_lowest_rate_of_a_cosine_schedule() -> None:
     assert found.spec["hyperparameters"]["minLearningRateRatio"] == 0.1
     found = translate(MINIMAL | {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.1}, "/")
     assert "cosine_min_lr_ratio" in found.omitted
+
+
+def test_the_published_step_and_early_stopping() -> None:
+    found = translate(MINIMAL | {"load_best_model_at_end": True, "early_stopping_patience": 4}, "/")
+    assert found.spec["evaluation"] == {"publish": "Best", "earlyStopping": {"patience": 4}}
+    found = translate(MINIMAL, "/")
+    assert found.spec["evaluation"] == {"publish": "Last"}
+    assert found.changed["load_best_model_at_end"] == "absent, so evaluation.publish is Last, as in Axolotl"

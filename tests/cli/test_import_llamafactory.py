@@ -97,10 +97,11 @@ def test_a_configuration_of_the_examples() -> None:
             "warmupRatio": 0.1,
             "scheduler": "Cosine",
         },
+        "evaluation": {"publish": "Last"},
         "checkpoint": {"everySteps": 500},
     }
     assert set(found.omitted) == {"trust_remote_code", "max_samples"}
-    assert set(found.changed) == {"lora_alpha", "template", "val_size"}
+    assert set(found.changed) == {"load_best_model_at_end", "lora_alpha", "template", "val_size"}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_a_configuration_of_the_examples() -> None:
             {"kto": {"desirableWeight": 2.0}},
         ),
         ({"report_to": "wandb"}, "output", {"reporting": ["WandB"]}),
-        ({"eval_steps": 0.1, "max_steps": 50}, "evaluation", {"everySteps": 5}),
+        ({"eval_steps": 0.1, "max_steps": 50}, "evaluation", {"publish": "Last", "everySteps": 5}),
     ],
 )
 def test_parts_of_a_configuration(given: dict[str, Any], part: str, expected: dict[str, Any]) -> None:

@@ -279,8 +279,7 @@ class _Reader(Draft):
         self.default("micro_batch_size", "hyperparameters.microBatchSize", micro)
         if "max_steps" not in self.given:
             self.default("num_epochs", "hyperparameters.epochs", self.read("num_epochs", _EPOCHS))
-        if "early_stopping_patience" in self.given:
-            self.put("evaluation.earlyStopping", {"patience": self.read("early_stopping_patience")})
+        self.published_step("early_stopping_patience")
         self.interval("eval_steps", "evaluation.everySteps")
         self.interval("save_steps", "checkpoint.everySteps")
         if "cosine_min_lr_ratio" in self.given and self.given.get("lr_scheduler", "cosine") == "cosine":

@@ -280,6 +280,7 @@ class _Reader(Draft):
             self.read("warmup_ratio")  # warmup_steps overrides it
         else:
             self.default("warmup_ratio", "hyperparameters.warmupRatio", self.read("warmup_ratio", 0.0))
+        self.published_step("early_stopping_steps")
         self.interval("save_steps", "checkpoint.everySteps")
         self.interval("eval_steps", "evaluation.everySteps")
         if self.read("disable_gradient_checkpointing", default=False):

@@ -106,6 +106,17 @@ class Draft:
                 f"it is a share of the steps: set {path} to {interval} of the steps that `tunesmith estimate` shows",
             )
 
+    def published_step(self, patience: str) -> None:
+        """Translate the step whose weights are published, and early stopping.
+
+        Args:
+            patience: key with the number of measurements without an improvement after which training stops.
+        """
+        best = self.read("load_best_model_at_end", default=False)
+        self.default("load_best_model_at_end", "evaluation.publish", "Best" if best else "Last")
+        if patience in self.given:
+            self.put("evaluation.earlyStopping", {"patience": int(self.number(patience, 1))})
+
     def held_out_share(self, key: str) -> None:
         """Translate the share of the training rows that is held out."""
         share = self.number(key, 0)
