@@ -223,6 +223,8 @@ def test_all_ranks_stop_and_publish_the_same_step(
     tmp_path: Path, base_model: Path, parts: dict[str, Any], *, sharded: bool
 ) -> None:
     job = overfitting(tmp_path, earlyStopping={"patience": 2}) | parts
+    job["hyperparameters"] = job["hyperparameters"] | {"microBatchSize": 2}  # dropout depends on the micro-batches
+    job["checkpoint"] = {"everySteps": 1}
     questions = write_rows(tmp_path / "questions.jsonl", chat_rows(2))
     generation = {"dataset": {"uri": f"file://{questions}"}, "maxNewTokens": 3}
     job["evaluation"]["suites"] = [{"name": "doors", "generation": generation}]
@@ -232,7 +234,7 @@ def test_all_ranks_stop_and_publish_the_same_step(
     one.finish()
     # The best weights come from a checkpoint of the first attempt.
     two.start()
-    two.interrupt((1,), signal.SIGKILL, 5, 0.1)
+    two.interrupt((1,), signal.SIGKILL, 2, 0.1)
     two.wait()
     two.finish()
     assert_equal(two, one)
