@@ -53,7 +53,16 @@ _LINEAR_ATTENTION = _DENSE | {
     "layer_types": ["linear_attention", "full_attention"],
 }
 _SHARED = _ROUTED | {"shared_expert_intermediate_size": 32}
-_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+_GPT = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    # Without dropout, so that runs can be compared.
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from tests.trainer.architectures import FAMILIES, make
 from tests.trainer.trainer_rig import Workbench, write_rows
 from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.preflight.prepare import prepare
@@ -33,12 +34,14 @@ def share_of_rate(taken: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (taken - 2) / (STEPS - 2)))
 
 
-def trl_script(base: Path, rows: list[dict[str, Any]], folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+def trl_script(
+    base: Path, targets: list[str], rows: list[dict[str, Any]], folder: Path
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Return losses and adapter of TRL's SFTTrainer over tokenised rows in this order."""
     set_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    linear = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=linear, task_type="CAUSAL_LM")
+    model.config.router_aux_loss_coef = 0.0  # of experts, which TRL adds to the loss and PEFT alone does not
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=get_peft_model(model, config),
         args=SFTConfig(
@@ -85,7 +88,16 @@ def varied_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_loss_curve_is_that_of_peft_and_trl(bench: Workbench, base_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("Llama 3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        ("GPT-2", ["c_attn", "c_fc", "c_proj"]),
+        ("Mixtral", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+    ],
+)
+def test_the_loss_curve_is_that_of_peft_and_trl(bench: Workbench, family: str, targets: list[str]) -> None:
+    bench.base = make(next(known for known in FAMILIES if known.name == family), bench.folder / "bases" / "tiny")
     job = bench.job(
         varied_rows(24),
         hyperparameters={
@@ -114,7 +126,7 @@ def test_the_loss_curve_is_that_of_peft_and_trl(bench: Workbench, base_model: Pa
     )
     plan = StepPlan(row_lengths(prepared.train), BATCH, SEED, STEPS)
     rows = [dict(prepared.train[row]) for step in plan for row in step]
-    theirs, adapter = trl_script(base_model, rows, bench.folder / "trl")
+    theirs, adapter = trl_script(bench.base, targets, rows, bench.folder / "trl")
     assert len(ours) == len(theirs) == STEPS
     assert ours == pytest.approx(theirs, rel=1e-4)
     mine = load_file(bench.output / "artifact/adapter_model.safetensors")
