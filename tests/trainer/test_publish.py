@@ -213,7 +213,7 @@ def test_training_stops_early_and_resumes_to_the_same_result(bench: Workbench, p
         shutil.rmtree(bench.output)
 
 
-FULL = {"method": {"full": {}}, "hyperparameters": HYPER | {"learningRate": 0.003}}
+FULL = {"method": {"full": {}}, "hyperparameters": HYPER | {"learningRate": 0.02}}
 
 
 @pytest.mark.parametrize(
