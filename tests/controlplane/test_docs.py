@@ -89,6 +89,7 @@ NOT_RUN = {
     "helm install other": "an alternative",
     "tunesmith estimate": "needs the trainer",
     "aws": "the tool of another project",
+    "cp -r base": "the folder is the reader's own",
     "kubectl get ftj NAME": "NAME is the reader's own",
     "kubectl wait spool": "waits for the operator",
     "curl": "asks a gateway with an engine: e2e/scenarios",
