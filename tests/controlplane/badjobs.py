@@ -238,7 +238,9 @@ BAD_JOBS: dict[str, BadJob] = {
     "an embedding": invalid("is not a linear module", method__lora__targetModules=["embed_tokens"]),
     "a template that is none": invalid("is not a valid Jinja template: line 1", dataset__chatTemplate="{% if %}"),
     "columns of another format": invalid(
-        "which has messages, tools: remove it", dataset__format="Messages", dataset__columns={"chosen": "better"}
+        "which has history, messages, system, tools: remove it",
+        dataset__format="Messages",
+        dataset__columns={"chosen": "better"},
     ),
     "no method of PEFT": invalid("did you mean VERA?", method={"peft": {"type": "VERRA"}}),
     "no field of PEFT's": invalid(
@@ -271,7 +273,7 @@ BAD_JOBS: dict[str, BadJob] = {
     "columns that say two things": data(
         "select one of them with dataset.format", {"text": "a", "prompt": "b", "completion": "c"}
     ),
-    "an unknown role": data("expected one of", chat(("bot", "a"), ("assistant", "b"))),
+    "an unknown role": data("expected one of", chat(("narrator", "a"), ("assistant", "b"))),
     "no answer": data("it must be the assistant's", chat(("user", "Who?"))),
     "an answer to nothing": data("a message of the user must precede it", chat(("assistant", "Marta."))),
     "a picture": data(
@@ -322,7 +324,7 @@ BAD_JOBS: dict[str, BadJob] = {
         without("config.json"),
         FailureReason.BASE_MODEL_NOT_FOUND,
     ),
-    "pickled weights": base("it needs config.json, tokenizer.json", pickled, FailureReason.BASE_MODEL_NOT_FOUND),
+    "pickled weights": base("convert them on a machine of yours", pickled, FailureReason.BASE_MODEL_NOT_FOUND),
     "an unknown architecture": base("config.json of the base model", rewrite("config.json", model_type="warp-drive")),
     "no language model": base(
         "is not a causal language model that this release can train", rewrite("config.json", model_type="vit")

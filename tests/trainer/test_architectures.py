@@ -197,7 +197,7 @@ def test_a_base_with_other_files_is_refused_with_the_command_that_converts_it(
     (base / old).rename(base / new)
     bench.base = base
     ran = bench.run("validate", bench.job())
-    assert ran.result.reason == "InvalidSpec"
+    assert ran.result.reason == "BaseModelNotFound"
     assert message in ran.result.message
     assert "save_pretrained('TARGET')" in ran.result.message
 

@@ -285,12 +285,10 @@ def test_local_files_are_refused_in_a_cluster(bench: Workbench, command: str) ->
 
 def test_a_folder_without_a_model_is_refused(bench: Workbench, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/pytorch_model.bin").touch()
+    (tmp_path / "empty/notes.txt").touch()
     ran = bench.run("validate", bench.job(baseModel={"uri": f"file://{tmp_path}/empty"}))
     assert (ran.code, ran.result.reason) == (2, FailureReason.BASE_MODEL_NOT_FOUND)
-    assert (
-        "it needs config.json, tokenizer.json and *.safetensors, and contains pytorch_model.bin" in ran.result.message
-    )
+    assert "it needs config.json, tokenizer.json and *.safetensors, and contains notes.txt" in ran.result.message
 
 
 def test_a_missing_gpu_is_reported(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,8 @@ def read_pairs(folder: Path, base_model: Path) -> list[dict[str, Any]]:
     source = Source("s3://bucket/rows.jsonl", [DataFile("rows.jsonl", write_rows(folder / "rows.jsonl", PAIRS))])
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     encoder = Encoder(tokenizer, [tokenizer.eos_token_id])
-    rows = [encoder.encode(row) for row in read([source], dataset, RowReport(), forms=FORMS[ObjectiveName.KTO])]
+    found = read([source], dataset, RowReport(), forms=FORMS[ObjectiveName.KTO])
+    rows = [tokens for row in found for tokens in encoder.encode(row)]
     return [
         {"input_ids": row.input_ids, "labels": row.labels, "desirable": row.desirable} for row in rows[::2] + rows[1::2]
     ]

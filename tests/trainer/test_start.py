@@ -133,7 +133,9 @@ def test_a_job_that_does_not_fit_the_adapter_is_refused(bench: Workbench, first:
     method, spec, message = REFUSED[case]
     if "digest" in spec:
         spec = {"continueFrom": source(first, **spec)}
-    ran = bench.run("validate", continued(bench, first, method, **spec))
+    job = continued(bench, first, method, **spec)
+    job["spec"] = {name: value for name, value in job["spec"].items() if value is not None}
+    ran = bench.run("validate", job)
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
     assert message in ran.result.message
 

@@ -76,7 +76,7 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
     ):
         conversion = weights_conversion(names, folder.uri)
         if conversion is not None:
-            raise InvalidSpecError(conversion)
+            raise BaseModelNotFoundError(conversion)
         raise BaseModelNotFoundError(
             f"there is no base model in {folder.uri}: it needs config.json, tokenizer.json and *.safetensors, and "
             f"contains {', '.join(names[:10]) or 'no files'}"
