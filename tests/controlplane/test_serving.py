@@ -360,6 +360,7 @@ async def test_nothing_shrinks_without_gateways(world: World) -> None:
 async def test_a_pods_problem_is_shown_while_it_lasts(world: World) -> None:
     await world.pool()
     await world.until_condition("small", "Degraded", "False", "AsExpected", kind="ServingPool")
+    await world.until(lambda: len(world.pods.agents) == 1, "the pool has one pod")
     (name,) = world.pods.agents
 
     async def set_engine(**state: object) -> None:
