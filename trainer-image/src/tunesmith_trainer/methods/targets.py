@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,6 @@ class Modules:
         output: full name of the output layer, or None.
         sizes: number of parameters of every module, by full name.
         expert_weights: weights of experts that are stacked in one parameter, by full name: number of values.
-        quantizable_weights: number of weights of the language model's layers that bitsandbytes can hold in 4 bits.
         parameters: number of parameters of the whole model; shared ones count once.
         tied: True if the output layer and the embedding share their weights.
         transposed: True if the linear modules store their weights as (in, out), as GPT-2's do.
@@ -57,7 +57,6 @@ class Modules:
     output: str | None
     sizes: dict[str, int]
     expert_weights: dict[str, int]
-    quantizable_weights: int
     parameters: int
     tied: bool
     transposed: bool
@@ -67,6 +66,15 @@ class Modules:
     def layer_weights(self) -> int:
         """Number of weights in linear modules and experts of the language model, without embedding and output layer."""
         return sum(wide * high for wide, high in self.linear.values()) + sum(self.expert_weights.values())
+
+    @cached_property
+    def quantizable_weights(self) -> int:
+        """Number of weights in linear modules of the language model that bitsandbytes can hold in 4 bits."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+            replace_with_bnb_linear(model, get_keys_to_not_convert(model), BitsAndBytesConfig(load_in_4bit=True))
+        replaced = [module for name in self.linear if isinstance(module := model.get_submodule(name), Linear4bit)]
+        return sum(module.in_features * module.out_features for module in replaced)
 
     @property
     def class_name(self) -> str:
@@ -103,15 +111,13 @@ def modules_of(config: PretrainedConfig) -> Modules:
         if of_language and not isinstance(module, torch.nn.Conv1d):
             own = module.named_parameters(prefix=name, recurse=False)
             experts |= {full: parameter.numel() for full, parameter in own if parameter.ndim == _STACKED_DIMENSIONS}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     return Modules(
         linear=linear,
         others=frozenset(others),
         output=output_name,
         sizes=sizes,
         expert_weights=experts,
-        quantizable_weights=_quantizable(model, linear),
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         transposed=transposed,
         config=config,
@@ -124,14 +130,6 @@ def _language_model(model: PreTrainedModel) -> str:
         return ""
     decoder = model.get_decoder()
     return next(f"{name}." for name, module in model.named_modules() if module is decoder)
-
-
-def _quantizable(model: PreTrainedModel, linear: Collection[str]) -> int:
-    """Return the number of weights of these linear modules that bitsandbytes holds in 4 bits; changes the model."""
-    with torch.device("meta"):
-        replace_with_bnb_linear(model, get_keys_to_not_convert(model), BitsAndBytesConfig(load_in_4bit=True))
-    replaced = [module for name in linear if isinstance(module := model.get_submodule(name), Linear4bit)]
-    return sum(module.in_features * module.out_features for module in replaced)
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -153,11 +151,9 @@ def adaptable(modules: Modules, peft_type: str) -> dict[str, tuple[int, int]]:
 
     Layers of state-space models compute past some of their modules, to which an adapter would do nothing.
     """
-    return {
-        full: shape
-        for full, shape in modules.linear.items()
-        if _last(full) not in expert_names(modules, peft_type) and not _bypassed(_last(full), modules, peft_type)
-    }
+    names = {_last(full) for full in modules.linear} - expert_names(modules, peft_type)
+    usable = {name for name in names if not _bypassed(name, modules, peft_type)}
+    return {full: shape for full, shape in modules.linear.items() if _last(full) in usable}
 
 
 def expert_names(modules: Modules, peft_type: str) -> frozenset[str]:
