@@ -49,7 +49,7 @@ def translate(config: Document, folder: str) -> Translation:
     reader.objective()
     reader.dataset()
     reader.hyperparameters()
-    reader.exports()
+    reader.hub_export()
     reader.reporting()
     reader.evaluation()
     reader.fields()
@@ -67,19 +67,8 @@ class _Reader(Draft):
     def fields(self) -> None:
         """Translate keys whose value is copied or mapped by a table of names."""
         method = self._keys.methods.get("lora" if self._method == "qlora" else self._method, {})
-        for key, path in {**self._keys.fields, **{key: f"method.{name}" for key, name in method.items()}}.items():
-            if key in self.given:
-                self.put(path, self.read(key))
-        for key, named in self._keys.values.items():
-            value = named.values.get(str(self.given.get(key)))
-            if value is not None:
-                self.put(named.field, value)
-                self.read(key)
-
-    def exports(self) -> None:
-        """Translate the Hugging Face Hub repository to which the adapter is pushed."""
-        if "/" in str(self.given.get("hub_model_id")):
-            self.put("output.exports", [{"hub": self.read("hub_model_id")}])
+        fields = self._keys.fields | {key: f"method.{name}" for key, name in method.items()}
+        self.tables(fields, self._keys.values)
 
     def finish(self) -> Translation:
         """Return the translation, with the remaining keys sorted into ignored and omitted."""

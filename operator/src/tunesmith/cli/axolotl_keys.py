@@ -9,22 +9,11 @@ from importlib.resources import files
 from pydantic import BaseModel, ConfigDict
 
 from tunesmith.api.output import Tracker
+from tunesmith.cli.translation import NamedValues
 
 
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class NamedValues(_Table):
-    """A key whose values are names.
-
-    Attributes:
-        field: path of the field in the spec.
-        values: the field's value by Axolotl's value.
-    """
-
-    field: str
-    values: dict[str, str]
 
 
 class ObjectiveKeys(_Table):

@@ -18,6 +18,7 @@ from tunesmith.cli.translation import (
     EMPTY,
     Document,
     Draft,
+    NamedValues,
     Translation,
     UntranslatableError,
     file_uri,
@@ -42,20 +43,13 @@ _ROLES = {
 _TRACKERS = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "wandb": "WandB"}
 
 
-class _Values(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    field: str
-    values: dict[str, str]
-
-
 class _Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ignored: frozenset[str]
     fields: dict[str, str]
     lora: dict[str, str]
-    values: dict[str, _Values]
+    values: dict[str, NamedValues]
     columns: dict[str, dict[str, str]]
     assumed: dict[str, dict[str, str]]
     hints: dict[str, str]
@@ -285,14 +279,7 @@ class _Reader(Draft):
         self.interval("eval_steps", "evaluation.everySteps")
         if self.read("disable_gradient_checkpointing", default=False):
             self.put("hyperparameters.gradientCheckpointing", value=False)
-        for key, path in self._keys.fields.items():
-            if key in self.given:
-                self.put(path, self.read(key))
-        for key, named in self._keys.values.items():
-            value = named.values.get(str(self.given.get(key)))
-            if value is not None:
-                self.put(named.field, value)
-                self.read(key)
+        self.tables(self._keys.fields, self._keys.values)
 
     def output(self) -> None:
         """Translate trackers, and the Hugging Face Hub repository to which the adapter is pushed."""
@@ -306,8 +293,7 @@ class _Reader(Draft):
         if "run_name" in self.given:
             self.read("run_name")
             self.changed["run_name"] = "the run has the namespace and the name of the job, in all attempts"
-        if "/" in str(self.given.get("hub_model_id")):
-            self.put("output.exports", [{"hub": self.read("hub_model_id")}])
+        if self.hub_export():
             self.read("push_to_hub")
 
     def finish(self) -> Translation:

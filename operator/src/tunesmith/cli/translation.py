@@ -8,6 +8,8 @@ import posixpath
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from tunesmith.storage.schemes import canonical
 
 if TYPE_CHECKING:
@@ -37,6 +39,20 @@ class Translation:
     ignored: list[str] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
     name: str | None = None
+
+
+class NamedValues(BaseModel):
+    """A key whose values are names.
+
+    Attributes:
+        field: path of the field in the spec.
+        values: the field's value by the other tool's value.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    field: str
+    values: dict[str, str]
 
 
 class UntranslatableError(ValueError):
@@ -89,6 +105,29 @@ class Draft:
         """Record that a key, or a part of one, has no counterpart."""
         self.translated.add(key)
         self.omitted[key] = hint or self._hints.get(key.rsplit(".", 1)[-1], "")
+
+    def tables(self, fields: Mapping[str, str], values: Mapping[str, NamedValues]) -> None:
+        """Translate the keys of two tables.
+
+        Args:
+            fields: paths of fields by keys whose values are copied.
+            values: keys whose values are names.
+        """
+        for key, path in fields.items():
+            if key in self.given:
+                self.put(path, self.read(key))
+        for key, named in values.items():
+            value = named.values.get(str(self.given.get(key)))
+            if value is not None:
+                self.put(named.field, value)
+                self.read(key)
+
+    def hub_export(self) -> bool:
+        """Translate the Hugging Face Hub repository to which the adapter is pushed; return True if there is one."""
+        if "/" not in str(self.given.get("hub_model_id")):
+            return False
+        self.put("output.exports", [{"hub": self.read("hub_model_id")}])
+        return True
 
     def interval(self, key: str, path: str) -> None:
         """Translate an interval: a number of steps, or a share of the run's steps if it is below 1."""
