@@ -8,7 +8,6 @@ Example: python -m tests.trainer.verify_architectures --engine server-image/engi
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.architectures import FAMILIES, Family, make
-from tests.trainer.verify_methods import ask_engine, compare_reloaded, figure, load_again, try_case, write_line
+from tests.trainer.verify_methods import ask_engine, compare_reloaded, figure, parser_of, report, try_case, write_line
 
 if TYPE_CHECKING:
     from tests.trainer.verify_methods import Tried
@@ -148,16 +147,9 @@ _HEAD = [
 
 def main() -> int:
     """Write the table; return 1 if a cell does not hold its verdict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", type=Path, help="environment with vLLM")
-    parser.add_argument("--only", nargs="*", help="names of families; the document is printed, not written")
-    parser.add_argument("--work", type=Path, help="folder that is kept: what was trained there is not trained again")
-    parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, "families")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.reload:
-        load_again(arguments.reload)
-        return 0
     families = [family for family in FAMILIES if not arguments.only or family.name in arguments.only]
     tried: dict[str, Tried] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -176,14 +168,7 @@ def main() -> int:
                 ask_engine(lora, base, arguments.engine, work / "runs" / family.model_type)
             tried |= own
         compare_reloaded(tried, work)
-    text = document(tried, families)
-    if arguments.only:
-        write_line(text)
-    else:
-        DOCUMENT.write_text(text)
-    problems = [f"{key}: {problem}" for key, one in tried.items() for problem in one.problems]
-    write_line("\n".join(problems) or f"{len(tried)} passed, as their verdicts say")
-    return 1 if problems else 0
+    return report(document(tried, families), DOCUMENT, tried, only=bool(arguments.only))
 
 
 def check_count(tried: Tried, family: Family) -> None:

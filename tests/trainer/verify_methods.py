@@ -276,12 +276,29 @@ def write_line(text: str) -> None:
     sys.stdout.flush()
 
 
+def parser_of(description: str | None, what: str) -> argparse.ArgumentParser:
+    """Return the arguments of a program that writes a table of methods or families."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", type=Path, help="environment with vLLM")
+    parser.add_argument("--only", nargs="*", help=f"names of {what}; the document is printed, not written")
+    parser.add_argument("--work", type=Path, help="folder that is kept: what was trained there is not trained again")
+    return parser
+
+
+def report(text: str, target: Path, tried: dict[str, Tried], *, only: bool) -> int:
+    """Write the table, or print that of some rows only, and the problems; return 1 if there are any."""
+    if only:
+        write_line(text)
+    else:
+        target.write_text(text)
+    problems = [f"{key}: {problem}" for key, one in tried.items() for problem in one.problems]
+    write_line("\n".join(problems) or f"{len(tried)} passed, as their verdicts say")
+    return 1 if problems else 0
+
+
 def main() -> int:
     """Write the table; return 1 if a method does not match its verdict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", type=Path, help="environment with vLLM")
-    parser.add_argument("--only", nargs="*", help="names of methods; the document is printed, not written")
-    parser.add_argument("--work", type=Path, help="folder that is kept: what was trained there is not trained again")
+    parser = parser_of(__doc__, "methods")
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -314,14 +331,7 @@ def main() -> int:
         compare_reloaded(tried, work)
         if arguments.engine:
             ask_engine(tried, base, arguments.engine, work)
-    text = document(tried)
-    if arguments.only:
-        write_line(text)
-    else:
-        DOCUMENT.write_text(text)
-    problems = [f"{key}: {problem}" for key, one in tried.items() for problem in one.problems]
-    write_line("\n".join(problems) or f"{len(tried)} passed, as their verdicts say")
-    return 1 if problems else 0
+    return report(document(tried), DOCUMENT, tried, only=bool(arguments.only))
 
 
 if __name__ == "__main__":
