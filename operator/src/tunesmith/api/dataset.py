@@ -83,8 +83,8 @@ class DatasetSource(ApiModel):
     split: SplitName | None = Field(
         default=None,
         description="Split to read, if the names of the files or folders distinguish several, such as train and test. "
-        "Absent: for dataset.train the training split; otherwise the validation split, or the test split if there is "
-        "none. status.preflight.sources lists the splits that were not read.",
+        "Absent: for dataset.train the training split; otherwise the validation split, or the test split if that is "
+        "missing. status.preflight.sources lists the splits that were not read.",
     )
     secret_ref: SecretReference | None = Field(
         default=None, description="Credentials for the uri. Absent: those of the store."
