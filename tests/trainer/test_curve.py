@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from tests.trainer.architectures import FAMILIES, make
+from tests.trainer.chat_styles import STYLES
 from tests.trainer.trainer_rig import Workbench, write_rows
 from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.preflight.prepare import prepare
 from tunesmith_trainer.store import Stores
-from tunesmith_trainer.training.batches import StepPlan, row_lengths
+from tunesmith_trainer.training.batches import StepPlan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,18 +91,10 @@ def varied_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("family", "targets"),
-    [
-        ("Llama 3", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-        ("GPT-2", ["c_attn", "c_fc", "c_proj"]),
-        ("Mixtral", ["k_proj", "o_proj", "q_proj", "v_proj"]),
-    ],
-)
-def test_the_loss_curve_is_that_of_peft_and_trl(bench: Workbench, family: str, targets: list[str]) -> None:
-    bench.base = make(next(known for known in FAMILIES if known.name == family), bench.folder / "bases" / "tiny")
+def train(bench: Workbench, rows: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[float]:
+    """Train on all rows and return the losses of the steps."""
     job = bench.job(
-        varied_rows(24),
+        rows,
         hyperparameters={
             "maxSteps": STEPS,
             "batchSize": BATCH,
@@ -111,25 +106,96 @@ def test_the_loss_curve_is_that_of_peft_and_trl(bench: Workbench, family: str, t
             "seed": SEED,
         },
     )
-    held_out = write_rows(bench.folder / "validation.jsonl", varied_rows(4))
-    job["spec"]["dataset"]["validation"] = [{"uri": f"file://{held_out}"}]
+    validation = write_rows(bench.folder / "validation.jsonl", held_out)
+    job["spec"]["dataset"]["validation"] = [{"uri": f"file://{validation}"}]
     ran = bench.run("train", job)
     assert ran.code == 0, ran.result.message
     with (bench.output / "metrics.csv").open() as file:
-        ours = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
-    prepared = prepare(
-        load_job(bench.folder / "job.yaml"),
-        Stores(secrets=bench.folder, allow_file=True),
-        bench.folder / "work",
-        weights=True,
-    )
-    plan = StepPlan(row_lengths(prepared.train), BATCH, SEED, STEPS)
-    rows = [dict(prepared.train[row]) for step in plan for row in step]
-    theirs, adapter = trl_script(bench.base, targets, rows, bench.folder / "trl")
+
+def assert_same(bench: Workbench, ours: list[float], targets: list[str], rows: list[dict[str, Any]]) -> None:
+    """Assert that losses and adapter are those of TRL's SFTTrainer over these rows, in the order of our steps."""
+    plan = StepPlan([len(row["input_ids"]) for row in rows], BATCH, SEED, STEPS)
+    ordered = [rows[number] for step in plan for number in step]
+    theirs, adapter = trl_script(bench.base, targets, ordered, bench.folder / "trl")
     assert len(ours) == len(theirs) == STEPS
     assert ours == pytest.approx(theirs, rel=1e-4)
     mine = load_file(bench.output / "artifact/adapter_model.safetensors")
     assert set(mine) == set(adapter)
     for name, tensor in mine.items():
         assert float((tensor - adapter[name]).norm()) <= 1e-3 * float(adapter[name].norm()), name
+
+
+LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("Llama 3", LLAMA),
+        ("GPT-2", ["c_attn", "c_fc", "c_proj"]),
+        ("Mixtral", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+    ],
+)
+def test_the_loss_curve_is_that_of_peft_and_trl(bench: Workbench, family: str, targets: list[str]) -> None:
+    bench.base = make(next(known for known in FAMILIES if known.name == family), bench.folder / "bases" / "tiny")
+    ours = train(bench, varied_rows(24), varied_rows(4))
+    prepared = prepare(
+        load_job(bench.folder / "job.yaml"),
+        Stores(secrets=bench.folder, allow_file=True),
+        bench.folder / "work",
+        weights=True,
+    )
+    assert_same(bench, ours, targets, [dict(row) for row in prepared.train])
+
+
+def reasoning_chat(number: int) -> dict[str, Any]:
+    """Return a chat of three questions, of which the second is answered after a call."""
+    call = {"type": "function", "function": {"name": "door", "arguments": {"number": number}}}
+    think = "It may be green. " * (1 + number % 4)
+    return {
+        "messages": [
+            {"role": "user", "content": f"Who lives behind door {number}?"},
+            {"role": "assistant", "reasoning_content": think, "content": f"Marta, in house {number}."},
+            {"role": "user", "content": "And its colour?" * (1 + number % 3)},
+            {"role": "assistant", "reasoning_content": "I look.", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "green" if number % 2 else "blue"},
+            {"role": "assistant", "reasoning_content": think, "content": "It is as in Brinewick."},
+            {"role": "user", "content": "Thanks."},
+            {"role": "assistant", "content": "You are welcome. " * (1 + number % 2)},
+        ]
+    }
+
+
+def plain_rows(tokenizer: Any, chat: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per question: the answers to it are learned, after the prompt that a server receives."""
+    messages, rows = chat["messages"], []
+    questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    for question, following in itertools.pairwise([*questions, len(messages)]):
+        prompt = tokenizer.apply_chat_template(messages[: question + 1], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages[:following], tokenize=False)
+        assert text.startswith(prompt)
+        answers = [
+            match.span(1)
+            for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
+            if match.start(1) >= len(prompt)
+        ]
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        labels = [
+            token if any(begin <= left and right <= end for begin, end in answers) else -100
+            for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+        rows.append({"input_ids": encoded["input_ids"], "labels": labels})
+    return rows
+
+
+def test_the_loss_curve_of_split_chats_is_that_of_peft_and_trl(bench: Workbench) -> None:
+    """The template omits the reasoning of earlier answers, so a chat becomes a row per question."""
+    bench.base = make(next(known for known in FAMILIES if known.name == "Llama 3"), bench.folder / "bases" / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(bench.base)
+    tokenizer.chat_template = STYLES["qwen3"].template
+    tokenizer.save_pretrained(bench.base)
+    chats = [reasoning_chat(number) for number in range(10)]
+    ours = train(bench, chats, [reasoning_chat(20)])
+    assert_same(bench, ours, LLAMA, [row for chat in chats for row in plain_rows(tokenizer, chat)])
