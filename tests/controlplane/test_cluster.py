@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -151,3 +152,20 @@ def test_every_error_names_a_retry_policy_and_a_label() -> None:
 
     labels = [kind.label for kind in all_of(ClusterError)]
     assert len(labels) == len(set(labels))
+
+
+def test_cancelled_requests_leave_no_socket_open(apiserver: ApiServer) -> None:
+    """Cancelled at every moment of their connections; pytest turns the warning about an open socket into an error."""
+
+    async def cancel_after(iterations: int) -> None:
+        async with await Cluster.connect(kubeconfig=apiserver.kubeconfig) as cluster:
+            requests = [asyncio.create_task(cluster.list("Pod", "default")) for _ in range(4)]
+            for _ in range(iterations):
+                await asyncio.sleep(0)
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
+
+    for iterations in range(60):
+        asyncio.run(cancel_after(iterations))
+    gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ import aiohttp
 from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import ApiClient, Configuration
 
+from tunesmith.cluster.connector import Connector
 from tunesmith.cluster.errors import (
     AlreadyExistsError,
     ClusterError,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FIELD_MANAGER = "tunesmith"
 PAGE_SIZE = 500
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=30)
+_REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=10)
 _STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=90)
 _LOG_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 """No read timeout: a container may log nothing for any length of time."""
@@ -72,7 +72,12 @@ class Cluster:
         observer: Callable[[str, str, str], None] | None = None,
     ) -> None:
         self._configuration: Any = configuration
-        self._client: Any = ApiClient(configuration)
+        self._client: Any = ApiClient(self._configuration)
+        self._connector = Connector(
+            limit=self._configuration.connection_pool_maxsize, ssl=self._client.rest_client.ssl_context
+        )
+        session_options = self._configuration.client_session_kwargs or {}
+        self._configuration.client_session_kwargs = {**session_options, "connector": self._connector}
         self._observer = observer
         self.namespace = namespace
         """Namespace of the kubeconfig's context, or of the pod."""
@@ -132,8 +137,7 @@ class Cluster:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
-        # Aborted streams close their sockets in the event loop's next iteration.
-        await asyncio.sleep(0)
+        await self._connector.close_all()
 
     @property
     def server(self) -> str:
