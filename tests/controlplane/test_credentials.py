@@ -13,7 +13,7 @@ from tests.controlplane.rights import grant
 from tunesmith.api.credentials import CREDENTIALS_LABEL
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.finetune import render
-from tunesmith.finetune.settings import JobSettings
+from tunesmith.jobs.settings import JobSettings
 
 if TYPE_CHECKING:
     from tests.controlplane.apiserver import ApiServer

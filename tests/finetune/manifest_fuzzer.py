@@ -29,8 +29,8 @@ from tunesmith.contracts.transitions import new_events, unreadable_status
 from tunesmith.finetune import render
 from tunesmith.finetune.observe import observe
 from tunesmith.finetune.plan import plan
-from tunesmith.finetune.settings import JobSettings
 from tunesmith.finetune.status import status_events
+from tunesmith.jobs.settings import JobSettings
 from tunesmith.serving import adapter as adapters
 from tunesmith.serving import pool as pools
 from tunesmith.serving import render as pool_render

@@ -17,7 +17,7 @@ from tunesmith.finetune.status import status_events, without_reports
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.finetune.observe import JobView, PodView
+    from tunesmith.jobs.observe import JobView, PodView
 
 
 def test_the_whole_status_of_a_complete_job() -> None:

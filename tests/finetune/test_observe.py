@@ -7,8 +7,8 @@ import pytest
 from tests.finetune.plan_cases import NODE_FULL
 from tests.finetune.worlds import NOW, UID, job
 from tunesmith.contracts.location import owned_name
-from tunesmith.finetune.classify import find_obstacle, job_outcome
 from tunesmith.finetune.observe import observe
+from tunesmith.jobs.classify import find_obstacle, job_outcome
 
 Object = dict[str, Any]
 TIME = "2026-11-24T11:59:00Z"

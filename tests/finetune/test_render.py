@@ -18,7 +18,7 @@ from tunesmith.contracts.location import CLAIMS_FOLDER
 from tunesmith.contracts.network import NetworkPolicySettings
 from tunesmith.finetune.observe import TRAIN, VALIDATE
 from tunesmith.finetune.render import JobInstallation, attempt, configuration, isolation, rank_network, validation
-from tunesmith.finetune.settings import JobSettings
+from tunesmith.jobs.settings import JobSettings
 from tunesmith.storage.schemes import STORE_KEYS
 
 GOLDEN = Path(__file__).parent / "golden"

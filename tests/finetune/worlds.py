@@ -7,7 +7,8 @@ from typing import Any
 
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.contracts.location import artifact_uri, owned_name
-from tunesmith.finetune.observe import JobView, Observation, PodView
+from tunesmith.finetune.observe import Observation
+from tunesmith.jobs.observe import JobView, PodView
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 STORE = "s3://tunesmith/store"

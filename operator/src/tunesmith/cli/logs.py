@@ -12,8 +12,8 @@ from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.kinds import Kind, NameArgument, fetch
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
 from tunesmith.cluster.errors import ClusterError, InvalidError, NotFoundError
-from tunesmith.finetune.observe import CONTAINER
 from tunesmith.finetune.render import JOB_LABEL
+from tunesmith.jobs.observe import CONTAINER
 
 if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster

@@ -20,13 +20,11 @@ from tunesmith.controller.status import StatusWriter
 from tunesmith.finetune import render
 from tunesmith.finetune.gpu_memory import gpu_memory_bytes
 from tunesmith.finetune.observe import (
-    COMPONENT_LABEL,
     TRAIN,
     VALIDATE,
     WORKLOAD_LABEL,
     adapter_source,
     continued_job,
-    index_of,
     is_job_of,
     observe,
     users_of,
@@ -35,6 +33,7 @@ from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, Sto
 from tunesmith.finetune.quota import quota_shortage
 from tunesmith.finetune.start import source_name
 from tunesmith.finetune.status import status_events, without_reports
+from tunesmith.jobs.observe import COMPONENT_LABEL, index_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

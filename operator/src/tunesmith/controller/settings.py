@@ -12,7 +12,7 @@ from pydantic_settings import SettingsConfigDict
 from tunesmith.contracts.network import Manifest, NetworkPolicySettings, parse_peers
 from tunesmith.contracts.scheduling import AllowedScheduling
 from tunesmith.contracts.settings import ChartValue, Internal
-from tunesmith.finetune.settings import JobSettings
+from tunesmith.jobs.settings import JobSettings
 from tunesmith.serving.settings import PoolSettings
 from tunesmith.settings import ClusterSettings
 

@@ -11,15 +11,16 @@ from tunesmith.api.finetunejob_status import Attempt, AttemptOutcome, FineTuneJo
 from tunesmith.contracts.location import artifact_uri, owned_name
 from tunesmith.contracts.refusal import RefusalCause
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
-from tunesmith.finetune.classify import VALIDATION, JobOutcome, eviction_outcome, find_obstacle, job_outcome
 from tunesmith.finetune.permission import forbidden
 from tunesmith.finetune.start import NotReady, start_of
 from tunesmith.finetune.status import StatusBuilder
+from tunesmith.jobs.classify import VALIDATION, JobOutcome, eviction_outcome, find_obstacle, job_outcome
 
 if TYPE_CHECKING:
     from tunesmith.contracts.refusal import Refusal
     from tunesmith.contracts.scheduling import AllowedScheduling
-    from tunesmith.finetune.observe import JobView, Observation
+    from tunesmith.finetune.observe import Observation
+    from tunesmith.jobs.observe import JobView
 
 MAX_LISTED_ATTEMPTS = 100
 MAX_FRUITLESS_ATTEMPTS = 10

@@ -6,10 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.credentials import REPORTING_SECRET, STORE_SECRET
-from tunesmith.contracts.environment import ALLOWED_ADDRESSES, LM_EVAL_TASKS
+from tunesmith.api.credentials import REPORTING_SECRET
 from tunesmith.contracts.location import (
-    CLAIMS_FOLDER,
     artifact_uri,
     checkpoints_uri,
     job_folder,
@@ -21,27 +19,24 @@ from tunesmith.contracts.location import (
 from tunesmith.contracts.network import NetworkPolicySettings, network_policy
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
-from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
+from tunesmith.finetune.observe import TRAIN, VALIDATE
 from tunesmith.finetune.permission import sources
 from tunesmith.finetune.start import source_name
-from tunesmith.storage.schemes import STORE_KEYS
+from tunesmith.jobs.observe import ATTEMPT_LABEL, COMPONENT_LABEL
+from tunesmith.jobs.render import JOB_FOLDER, PodInputs, on_disruption, on_exit_codes, owner_reference, pod
+from tunesmith.jobs.render import job as trainer_job
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.finetune.settings import JobSettings
+    from tunesmith.jobs.settings import JobSettings
 
 Object = dict[str, Any]
 
 JOB_LABEL = "tunesmith.dev/finetunejob"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-JOB_FOLDER = "/etc/tunesmith/job"
 JOB_FILE = "job.yaml"
-SECRETS_FOLDER = "/etc/tunesmith/secrets"
-USER_ID = 65532
 MASTER_PORT = 29500
 """Port on the first pod of an attempt, to which the other pods connect."""
-GRACE_SECONDS = 120
-"""Time for a checkpoint at the end of the current step, and for its upload."""
 VALIDATION_MEMORY = "2Gi"
 VALIDATION_SECONDS = 6 * 3600
 """Time for the checks of a job's data, after which the trainer stops with a message."""
@@ -52,8 +47,6 @@ _VALIDATION_RESOURCES = {
     "limits": {"cpu": "2", "memory": VALIDATION_MEMORY},
 }
 _VALIDATION_RETRIES = 3
-_REQUESTED_STORAGE = "256Mi"
-"""A small request, because a job's need for disk space is unknown before its validation."""
 _MANIFEST_SUFFIXES = {VALIDATE: "spec", TRAIN: "resolved"}
 
 
@@ -109,17 +102,17 @@ def validation(job: FineTuneJob, installation: JobInstallation, gpu_memory_bytes
         gpu_memory_bytes: memory of the smallest GPU that it may train on; None if unknown.
     """
     labels = {COMPONENT_LABEL: VALIDATE}
-    rules = [_on_disruption("Ignore"), _on_exit_codes("FailJob", ExitCode.USER_FAULT)]
+    rules = [on_disruption("Ignore"), on_exit_codes("FailJob", ExitCode.USER_FAULT)]
     arguments = ["validate", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--tokens", _tokens(job, installation)]
     arguments += [*_ownership(job, installation), *_permissions(installation)]
     arguments += ["--deadline", str(VALIDATION_SECONDS)]
     if gpu_memory_bytes is not None:
         arguments += ["--gpu-memory-bytes", str(gpu_memory_bytes)]
-    pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
-    pod["spec"]["activeDeadlineSeconds"] = VALIDATION_SECONDS + _VALIDATION_MARGIN_SECONDS
+    template = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
+    template["spec"]["activeDeadlineSeconds"] = VALIDATION_SECONDS + _VALIDATION_MARGIN_SECONDS
     # A validation needs no GPU, so only the constraints that exclude nodes apply.
-    pod["spec"].pop("runtimeClassName", None)
-    return _job(job, VALIDATE, labels, pod, rules, retries=_VALIDATION_RETRIES)
+    template["spec"].pop("runtimeClassName", None)
+    return trainer_job(_metadata(job, VALIDATE, labels), template, rules, retries=_VALIDATION_RETRIES)
 
 
 def attempt(job: FineTuneJob, number: int, installation: JobInstallation) -> Object:
@@ -130,15 +123,15 @@ def attempt(job: FineTuneJob, number: int, installation: JobInstallation) -> Obj
     metadata = job.metadata
     labels = {COMPONENT_LABEL: TRAIN, ATTEMPT_LABEL: str(number)}
     rules = [
-        _on_disruption("FailJob"),
-        *(_on_exit_codes("FailJob", code) for code in (ExitCode.USER_FAULT, ExitCode.RETRYABLE, ExitCode.PREEMPTED)),
+        on_disruption("FailJob"),
+        *(on_exit_codes("FailJob", code) for code in (ExitCode.USER_FAULT, ExitCode.RETRYABLE, ExitCode.PREEMPTED)),
     ]
     artifact = artifact_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
     checkpoints = checkpoints_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
     arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", artifact, "--checkpoints", checkpoints]
     arguments += ["--tokens", _tokens(job, installation), *_ownership(job, installation), *_permissions(installation)]
-    pod = _pod(job, installation, labels, arguments, _resources(job))
-    manifest = _job(job, str(number), labels, pod, rules, retries=0)
+    template = _pod(job, installation, labels, arguments, _resources(job))
+    manifest = trainer_job(_metadata(job, str(number), labels), template, rules, retries=0)
     if job.spec.resources.nodes > 1:
         _distribute(job, manifest)
     queue = job.spec.scheduling.queue
@@ -198,9 +191,9 @@ def _distribute(job: FineTuneJob, manifest: Object) -> None:
     nodes = job.spec.resources.nodes
     manifest["spec"] |= {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
     template = manifest["spec"]["template"]
-    pod = template["spec"]
-    pod["subdomain"] = _rank_service_name(job)
-    pod["topologySpreadConstraints"] = [
+    spec = template["spec"]
+    spec["subdomain"] = _rank_service_name(job)
+    spec["topologySpreadConstraints"] = [
         {
             "maxSkew": 1,
             "topologyKey": "kubernetes.io/hostname",
@@ -208,37 +201,10 @@ def _distribute(job: FineTuneJob, manifest: Object) -> None:
             "labelSelector": {"matchLabels": dict(template["metadata"]["labels"])},
         }
     ]
-    pod["containers"][0]["env"] += [
+    spec["containers"][0]["env"] += [
         {"name": "MASTER_ADDR", "value": f"{manifest['metadata']['name']}-0.{_rank_service_name(job)}"},
         {"name": "MASTER_PORT", "value": str(MASTER_PORT)},
     ]
-
-
-def _job(
-    job: FineTuneJob, suffix: str, labels: dict[str, str], pod: Object, rules: list[Object], *, retries: int
-) -> Object:
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": _metadata(job, suffix, labels),
-        "spec": {
-            "completions": 1,
-            "parallelism": 1,
-            "backoffLimit": retries,
-            # A second pod must not start while the first is still writing.
-            "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": rules},
-            "template": pod,
-        },
-    }
-
-
-def _on_disruption(action: str) -> Object:
-    return {"action": action, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-
-
-def _on_exit_codes(action: str, code: ExitCode) -> Object:
-    return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [int(code)]}}
 
 
 def _metadata(job: FineTuneJob, suffix: str, labels: dict[str, str]) -> Object:
@@ -247,16 +213,7 @@ def _metadata(job: FineTuneJob, suffix: str, labels: dict[str, str]) -> Object:
         "name": owned_name(metadata.name, metadata.uid, suffix),
         "namespace": metadata.namespace,
         "labels": _labels(job, labels),
-        "ownerReferences": [
-            {
-                "apiVersion": job.api_version,
-                "kind": job.kind,
-                "name": metadata.name,
-                "uid": metadata.uid,
-                "controller": True,
-                "blockOwnerDeletion": False,
-            }
-        ],
+        "ownerReferences": [owner_reference(job.api_version, job.kind, metadata.name, metadata.uid)],
     }
 
 
@@ -267,82 +224,18 @@ def _labels(job: FineTuneJob, labels: dict[str, str]) -> dict[str, str]:
 def _pod(
     job: FineTuneJob, installation: JobInstallation, labels: dict[str, str], arguments: list[str], resources: Object
 ) -> Object:
-    secrets, claims = _secrets(job), _claims(job)
-    # The ranks of a pod exchange gradients through shared memory, which is 64 MiB by default.
-    shared = job.spec.resources.gpus > 1
-    manifest = _MANIFEST_SUFFIXES[labels[COMPONENT_LABEL]]
-    scheduling = job.spec.scheduling
-    return {
-        "metadata": {"labels": _labels(job, labels)},
-        "spec": {
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": False,
-            "enableServiceLinks": False,
-            "terminationGracePeriodSeconds": GRACE_SECONDS,
-            "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": USER_ID,
-                "runAsGroup": USER_ID,
-                "fsGroup": USER_ID,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
-            **scheduling.pod_fields(),
-            "containers": [
-                {
-                    "name": CONTAINER,
-                    "image": installation.settings.trainer_image,
-                    "imagePullPolicy": installation.settings.image_pull_policy,
-                    "command": ["tunesmith-trainer"],
-                    "args": arguments,
-                    "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
-                    "env": [
-                        {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod
-                        # Set even if empty, so that keys of the Secret above, which become variables, cannot set them.
-                        {"name": LM_EVAL_TASKS, "value": installation.settings.lm_eval_tasks},
-                        {"name": ALLOWED_ADDRESSES, "value": ",".join(installation.settings.allowed_addresses)},
-                    ],
-                    "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
-                    "resources": _with_storage(resources, installation.settings.job_storage),
-                    "securityContext": {
-                        "allowPrivilegeEscalation": False,
-                        "readOnlyRootFilesystem": True,
-                        "capabilities": {"drop": ["ALL"]},
-                    },
-                    "terminationMessagePolicy": "FallbackToLogsOnError",
-                    "volumeMounts": [
-                        {"name": "job", "mountPath": JOB_FOLDER, "readOnly": True},
-                        {"name": "work", "mountPath": "/work"},
-                        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod
-                        *([{"name": "shm", "mountPath": "/dev/shm"}] if shared else []),  # noqa: S108 - an emptyDir
-                        *(
-                            {"name": f"secret-{index}", "mountPath": f"{SECRETS_FOLDER}/{name}", "readOnly": True}
-                            for index, name in enumerate(secrets)
-                        ),
-                        *(
-                            {"name": f"claim-{index}", "mountPath": f"{CLAIMS_FOLDER}/{name}", "readOnly": True}
-                            for index, name in enumerate(claims)
-                        ),
-                    ],
-                }
-            ],
-            "volumes": [
-                {"name": "job", "configMap": {"name": owned_name(job.metadata.name, job.metadata.uid, manifest)}},
-                {"name": "work", "emptyDir": {"sizeLimit": installation.settings.job_storage}},
-                {"name": "tmp", "emptyDir": {"sizeLimit": installation.settings.job_storage}},
-                *([{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}] if shared else []),
-                # Optional: the kubelet would wait silently for a missing Secret; the trainer reports which one is
-                # missing.
-                *(
-                    {"name": f"secret-{index}", "secret": {"secretName": name, "optional": True, **_secret_items(name)}}
-                    for index, name in enumerate(secrets)
-                ),
-                *(
-                    {"name": f"claim-{index}", "persistentVolumeClaim": {"claimName": name, "readOnly": True}}
-                    for index, name in enumerate(claims)
-                ),
-            ],
-        },
-    }
+    configuration = owned_name(job.metadata.name, job.metadata.uid, _MANIFEST_SUFFIXES[labels[COMPONENT_LABEL]])
+    inputs = PodInputs(
+        arguments,
+        resources,
+        configuration=configuration,
+        secrets=_secrets(job),
+        claims=_claims(job),
+        scheduling=job.spec.scheduling.pod_fields(),
+        # The ranks of a pod exchange gradients through shared memory.
+        shared_memory=job.spec.resources.gpus > 1,
+    )
+    return pod(installation.settings, _labels(job, labels), inputs)
 
 
 def _resources(job: FineTuneJob) -> Object:
@@ -351,14 +244,6 @@ def _resources(job: FineTuneJob) -> Object:
     return {
         "requests": {"cpu": requested.cpu, "memory": requested.memory, **gpus},
         "limits": {"memory": requested.memory, **gpus},
-    }
-
-
-def _with_storage(resources: Object, storage: str) -> Object:
-    """Return the resources with a limit on everything that the pod writes to its node's disk, volumes included."""
-    return {
-        "requests": {**resources["requests"], "ephemeral-storage": _REQUESTED_STORAGE},
-        "limits": {**resources["limits"], "ephemeral-storage": storage},
     }
 
 
@@ -387,11 +272,6 @@ def _secrets(job: FineTuneJob) -> list[str]:
     if job.spec.output is not None and job.spec.output.needs_reporting_secret:
         names.append(REPORTING_SECRET)
     return list(dict.fromkeys(names))
-
-
-def _secret_items(secret: str) -> Object:
-    """Return the volume items of a Secret: the stores' keys only, but all keys of the reporting Secret."""
-    return {} if secret == REPORTING_SECRET else {"items": [{"key": key, "path": key} for key in STORE_KEYS]}
 
 
 def _claims(job: FineTuneJob) -> list[str]:

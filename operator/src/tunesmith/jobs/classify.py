@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.conditions import Reason
     from tunesmith.contracts.result import TrainerResult
-    from tunesmith.finetune.observe import JobView, PodView
+    from tunesmith.jobs.observe import JobView, PodView
 
 _IMAGE_PULL_TIMEOUT = timedelta(minutes=5)
 _CONFIGURATION_TIMEOUT = timedelta(minutes=2)

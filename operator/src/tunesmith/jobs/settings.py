@@ -1,4 +1,4 @@
-"""Settings of the operator that reach the pods of FineTuneJobs."""
+"""Settings of the operator that reach the pods of the trainer."""
 
 from __future__ import annotations
 
