@@ -22,7 +22,7 @@ SLOTS = 256
 async def measure(count: int, slots: int) -> dict[str, float]:
     """Measure one size."""
     world = World()
-    world.add_pool("base", engine={"maxLoras": slots}, replicas=max(1, -(-count // slots)))
+    world.add_pool("base", engine={"maxLoras": 1, "maxAdapters": slots}, replicas=max(1, -(-count // slots)))
     await world.converge()
     for number in range(count):
         world.add_adapter(number)

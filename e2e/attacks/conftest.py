@@ -106,7 +106,7 @@ def victim(stage: Stage) -> Iterator[Victim]:
 def single(stage: Stage) -> Iterator[Object]:
     """Create a second pool of one pod, which sends SSE comments to silent streams; yield its manifest."""
     manifest = pool_manifest(SINGLE, replicas=1)
-    manifest["spec"]["engine"] |= {"args": ["--sse-keep-alive-interval=1"], "maxLoras": 1}
+    manifest["spec"]["engine"] |= {"args": ["--sse-keep-alive-interval=1"], "maxLoras": 1, "maxAdapters": 1}
     manifest["spec"]["resources"]["memory"] = "3Gi"  # while it is updated, two of its pods must fit beside the others
     with stage.pool(manifest):
         yield manifest

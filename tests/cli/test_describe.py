@@ -98,8 +98,13 @@ SERVING = {
         ),
         (adapter(**SERVING), "1/1 pods of platform/small", "tunesmith chat team/sail"),
         (
-            pool(conditions=[condition("Available", "True", "PodsReady")], readyReplicas=1, slotsFree=3),
-            "1/? pods, 3 free adapter slots, s3://models/base",
+            pool(
+                conditions=[condition("Available", "True", "PodsReady")],
+                readyReplicas=1,
+                adapterCapacity=4,
+                registeredAdapters=1,
+            ),
+            "1/? pods, 3 more adapters fit, s3://models/base",
             "tunesmith deploy JOB --pool platform/small",
         ),
     ],

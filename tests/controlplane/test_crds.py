@@ -346,8 +346,7 @@ STATUSES = {
         {"name": "a-2", "outcome": "Succeeded", "node": "node-2"}]}}"""
     % ("a" * 64),
     "spool": """{"status": {"phase": "Available", "reason": "ContainerConfigError",
-        "readyReplicas": 10, "desiredReplicas": 12, "adapters": 100,
-        "slotsFree": 100}}""",
+        "readyReplicas": 10, "desiredReplicas": 12, "ready": "10/12", "activeAdapters": 123456}}""",
     "adep": """{"status": {"phase": "Waiting", "reason": "FineTuneJobNotFound",
         "readyReplicas": 10, "desiredReplicas": 12,
         "pool": {"name": "a-pool-of-20-letters"}}}""",
@@ -358,7 +357,7 @@ STATUSES = {
     ("build", "short", "shown"),
     [
         (job, "ftj", ["Validating", "StoreUnavailable", "12345", "12.3456"]),
-        (pool, "spool", ["Available", "ContainerConfigError", "10", "12"]),
+        (pool, "spool", ["Available", "ContainerConfigError", "10/12", "123456"]),
         (adapter, "adep", ["Waiting", "FineTuneJobNotFound", "10", "12"]),
     ],
     ids=["ftj", "spool", "adep"],

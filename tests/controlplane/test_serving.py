@@ -151,7 +151,7 @@ async def test_an_adapter_whose_job_is_created_later_serves_requests(world: Worl
     await world.until_condition("small", "Available", "True", kind="ServingPool")
     pool_status = (await world.get("small", "ServingPool"))["status"]
     assert pool_status["baseModelFingerprint"] == FINGERPRINT
-    assert (pool_status["adapters"], pool_status["slotsUsed"], pool_status["slotsFree"]) == (1, 1, 7)
+    assert (pool_status["adapters"], pool_status["registeredAdapters"], pool_status["adapterCapacity"]) == (1, 1, 64)
 
 
 async def test_metadata_of_users_is_ignored_and_preserved(world: World) -> None:

@@ -357,7 +357,7 @@ def agent_container(pod: Pod, **options: Any) -> Container:
         "secret": pod.secret,
         "storage": 2**30,
         "max-lora-rank": 16,
-        "max-loras": 3,
+        "max-adapters": 3,
         "drain-seconds": 60,
         **{name.replace("_", "-"): value for name, value in options.items()},
     }

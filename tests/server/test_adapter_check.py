@@ -21,7 +21,7 @@ from tests.server.local_artifacts import (
     safetensors_bytes,
 )
 from tests.server.server_rig import write_safetensors
-from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_revision, stored_digests
+from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_revision, stored_sizes
 from tunesmith_server.base_weights import MEASURED_WHOLE, read_base_weights
 from tunesmith_server.lora import UnfitAdapterError, weight_bounds
 from tunesmith_server.retention import GRACE_SECONDS, Retention
@@ -277,5 +277,5 @@ def test_files_are_removed_when_they_are_no_longer_used(tmp_path: Path) -> None:
     (tmp_path / ("a" * 64)).mkdir()
     remove_revision(tmp_path, digest)
     remove_revision(tmp_path, digest)
-    assert stored_digests(tmp_path) == set()
+    assert set(stored_sizes(tmp_path)) == set()
     assert list(tmp_path.iterdir()) == []

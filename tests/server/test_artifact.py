@@ -13,7 +13,7 @@ from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.artifact import ArtifactFile
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.storage.credentials import Credentials, Origin
-from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_leftovers, stored_digests
+from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_leftovers, stored_sizes
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError
 from tunesmith_server.store import StoreError, StoreFolder
@@ -47,7 +47,7 @@ def opening(secret: dict[str, str]) -> Callable[[str], StoreFolder]:
 def refusal(entry: dict[str, str], limits: PodLimits, folder: Path, store: S3Server) -> str:
     with pytest.raises(UnfitAdapterError) as refused:
         fetch(entry, limits, folder, store)
-    assert stored_digests(folder) == set()
+    assert set(stored_sizes(folder)) == set()
     assert list(folder.iterdir()) == []
     return str(refused.value)
 
@@ -73,7 +73,7 @@ def test_a_valid_artifact_is_stored_in_the_folder_of_its_digest(
         name: (artifact.folder / name).read_bytes()
         for name in ("adapter_config.json", "adapter_model.safetensors", "tunesmith.json")
     }
-    assert stored_digests(folder) == {entry["digest"]}
+    assert set(stored_sizes(folder)) == {entry["digest"]}
     assert fetch(entry, limits, folder, store) == place
 
 

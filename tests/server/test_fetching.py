@@ -10,7 +10,7 @@ import pytest
 from tests.server.sandbox_children import allocates, dies, leaves, never_ends, was_killed
 from tests.server.server_rig import STORE, Artifact, S3Server, write_secret
 from tunesmith.contracts.agent import DesiredAdapter
-from tunesmith_server.artifact import PodLimits, stored_digests
+from tunesmith_server.artifact import PodLimits, stored_sizes
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings, Journal
 from tunesmith_server.lora import UnfitAdapterError
@@ -101,7 +101,7 @@ def test_an_adapter_is_fetched_and_the_bases_norms_are_kept(
     fetcher = make()
     sound = wanted(adapter(), store)
     fetcher.fetch(sound)
-    assert stored_digests(settings.adapters) == {sound.digest}
+    assert set(stored_sizes(settings.adapters)) == {sound.digest}
     assert set(fetcher._limits.base.norms) == {f"model.layers.0.self_attn.{part}_proj.weight" for part in "qv"}
     with pytest.raises(UnfitAdapterError, match="the adapter uses DoRA"):
         fetcher.fetch(wanted(adapter(seed=2, use_dora=True), store))
@@ -121,7 +121,7 @@ def test_keys_that_are_corrected_later_are_used_at_the_next_attempt(
     assert not denied.value.permanent
     write_secret(settings.secret, store.secret)
     fetcher.fetch(entry)
-    assert stored_digests(settings.adapters) == {entry.digest}
+    assert set(stored_sizes(settings.adapters)) == {entry.digest}
 
 
 def test_an_endpoint_that_is_not_listed_is_never_connected_to(

@@ -386,11 +386,14 @@ async def test_a_server_whose_engine_died_exits_with_an_error(
             pass
 
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+    without_lora = SimpleNamespace(lora_config=None)
 
     async def receive() -> Any:
         return messages.pop(0)
 
-    server = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(errored=errored)))
+    server = SimpleNamespace(
+        state=SimpleNamespace(engine_client=SimpleNamespace(errored=errored, vllm_config=without_lora))
+    )
     await module.Middleware(application)({"type": "lifespan", "app": server}, receive, None)
     assert codes == ([1] if errored else [])
 
@@ -415,8 +418,16 @@ class LoraEngine(Engine):
         super().__init__(status)
         self.removed: list[int] = []
         self.freed = asyncio.Event()
-        models = SimpleNamespace(lora_requests={"m": SimpleNamespace(lora_int_id=7)})
+        config = SimpleNamespace(max_loras=2, lora_dtype=None)
+        self.vllm_config = SimpleNamespace(lora_config=config)
+        models = SimpleNamespace(lora_requests={"m": SimpleNamespace(lora_int_id=7, lora_path="/adapters/m")})
         self._state = SimpleNamespace(openai_serving_models=models, engine_client=self)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+        else:
+            await super().__call__(scope, receive, send)
 
     async def remove_lora(self, number: int) -> bool:
         self.removed.append(number)
@@ -433,6 +444,17 @@ class LoraEngine(Engine):
         return run
 
 
+async def load(app: Any) -> None:
+    """Start the server, and load the adapter."""
+
+    async def receive() -> dict[str, str]:
+        return {"type": "lifespan.startup"}
+
+    await app({"type": "lifespan"}, receive, None)
+    body = {"lora_name": "m", "lora_path": "/adapters/m"}
+    assert (await Exchange(app, "/v1/load_lora_adapter", body, token=ADMIN).run()).status == 200
+
+
 def unload(app: Any) -> Exchange:
     return Exchange(app, "/v1/unload_lora_adapter", {"lora_name": "m"}, token=ADMIN)
 
@@ -440,6 +462,7 @@ def unload(app: Any) -> Exchange:
 async def test_an_unloaded_adapter_leaves_its_slot_once_none_of_its_requests_runs(module: ModuleType) -> None:
     engine = LoraEngine()
     app = engine.application(module)
+    await load(app)
     engine.go.clear()
     request = Exchange(app, CHAT, HELLO)
     running = asyncio.create_task(request.run())
@@ -454,8 +477,12 @@ async def test_an_unloaded_adapter_leaves_its_slot_once_none_of_its_requests_run
 
 async def test_an_unload_frees_the_slot_before_it_answers(module: ModuleType) -> None:
     engine = LoraEngine()
-    assert (await unload(engine.application(module)).run()).status == 200
+    app = engine.application(module)
+    await load(app)
+    assert (await state(app))["adapters"]["registered"] == {"m": "/adapters/m"}
+    assert (await unload(app).run()).status == 200
     assert engine.removed == [7]
+    assert (await state(app))["adapters"]["registered"] == {}
 
 
 async def test_an_unload_that_is_refused_frees_nothing(module: ModuleType) -> None:

@@ -23,7 +23,7 @@ IDLE = PodObservation(
     engine={},
     in_flight={},
     unwanted_since={},
-    max_loras=2,
+    max_adapters=2,
 )
 
 
@@ -99,7 +99,7 @@ def test_more_adapters_than_slots_are_refused_with_a_fix() -> None:
     last = result.report[-1]
     assert names(result.loads) == names([A, B])
     assert (last.engine_name, last.state, last.permanent) == (C.engine_name, ResidencyState.FAILED, False)
-    assert "has 2 adapter slots (engine.maxLoras) for 3 adapters" in last.message
+    assert "registers at most 2 adapters (engine.maxAdapters), and the operator wants 3" in last.message
 
 
 @pytest.mark.parametrize(

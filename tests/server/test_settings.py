@@ -21,7 +21,7 @@ POOL = ServingPool.model_validate(
         "spec": {
             "modelName": "base",
             "baseModel": {"uri": "hf://org/base", "revision": "main"},
-            "engine": {"maxLoras": 3, "maxLoraRank": 64},
+            "engine": {"maxLoras": 2, "maxAdapters": 3, "maxLoraRank": 64},
             "drainSeconds": 7,
             "resources": {"gpus": 0, "cpu": "1", "memory": "4Gi"},
         },
@@ -53,7 +53,7 @@ def test_the_flags_of_a_pool_pod_are_the_agents(containers: dict[str, list[str]]
     settings = read(ServeSettings, containers["serve"])
     assert settings.pod_uid == "the-pods-uid"
     assert (settings.store, settings.storage, settings.max_adapter_ratio) == ("s3://bucket/store", 2 * 2**30, 2.5)
-    assert (settings.max_loras, settings.max_lora_rank, settings.drain_seconds) == (3, 64, 7)
+    assert (settings.max_adapters, settings.max_lora_rank, settings.drain_seconds) == (3, 64, 7)
     assert settings.allowed_addresses == ("10.0.0.7/32", "fd00::/8")
     assert settings.secret == Path("/etc/tunesmith/secrets/tunesmith-store")
     assert settings.hang_seconds > ServeSettings.model_fields["hang_seconds"].default
@@ -68,7 +68,7 @@ def test_the_flags_of_a_pool_pod_are_the_agents(containers: dict[str, list[str]]
     ("arguments", "sentence"),
     [
         (["serve", "--storage=1", "--secret=/s", "--store=s3://b/s"], "--pod-uid is missing: set it, or the variable"),
-        (["serve", "--max-loras=many"], "--max-loras: 'many' must be a valid integer"),
+        (["serve", "--max-adapters=many"], "--max-adapters: 'many' must be a valid integer"),
         (["serve", "--hang-seconds=0"], "--hang-seconds: '0' must be greater than 0"),
         (["serve", "--allowed-addresses=here"], "--allowed-addresses: 'here' is not a network such as"),
         (["fetch-base", "--storage=0"], "--storage: '0' must be greater than or equal to 1"),

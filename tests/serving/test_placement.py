@@ -61,7 +61,7 @@ def test_place(want: str, there: list[str], slots: int, expected: str) -> None:
             4,
             "the pool has 2 pods and two copies never share one: raise its replicas or lower the copies",
         ),
-        ("a1 b1", ["a"], 1, "all 1 slots of the pool's 1 pod are in use: raise its replicas or engine.maxLoras"),
+        ("a1 b1", ["a"], 1, "all 1 slots of the pool's 1 pod are in use: raise its replicas or engine.maxAdapters"),
         ("a1", [], 1, "the pool has no pod yet"),
     ],
 )

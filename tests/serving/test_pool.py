@@ -38,7 +38,7 @@ def decide(pool: Build, start: datetime) -> Callable[..., PoolPlan]:
         observation = PoolObservation(
             deployment=deployment, pods=pods, adapters=adapters, decision=Decision(wanted, "spec.replicas"), **more
         )
-        return plan(pool(engine={"maxLoras": slots}), observation, start)
+        return plan(pool(engine={"maxLoras": min(slots, 2), "maxAdapters": slots}), observation, start)
 
     return build
 
@@ -89,7 +89,7 @@ def test_each_pod_gets_its_complete_list(decide: Build, serving: Build, pod: Bui
     assert sorted(lists(got)["p"] + lists(got)["q"]) == ["one@" + "a" * 12, "one@" + "a" * 12, "two@" + "b" * 12]
     first = got.assigned["p"][0]
     assert (first.digest, first.uri) == ("sha256:" + "a" * 64, "s3://store/team/job-a/artifact")
-    assert (got.status.adapters, got.status.slots_used, got.status.slots_free) == (2, 3, 5)
+    assert (got.status.adapters, got.status.registered_adapters, got.status.adapter_capacity) == (2, 3, 8)
 
 
 def test_an_adapter_that_cannot_be_loaded_keeps_no_slot(decide: Build, serving: Build, pod: Build) -> None:
@@ -98,10 +98,10 @@ def test_an_adapter_that_cannot_be_loaded_keeps_no_slot(decide: Build, serving: 
     got = decide([pod("p", holds=held)], [broken, one], deployed=1, slots=1)
     assert lists(got) == {"p": ["one@" + "a" * 12]}
     assert got.unplaced == {}
-    assert (got.status.slots_used, got.status.slots_free) == (1, 0)
+    assert (got.status.registered_adapters, got.status.adapter_capacity) == (1, 1)
     alone = decide([pod("p", ready=False)], [broken], deployed=1)
     assert lists(alone) == {"p": ["broken@" + "b" * 12]}, "it is retried because no other adapter needs the slot"
-    assert (alone.status.slots_used, alone.status.slots_free) == (0, 4)
+    assert (alone.status.registered_adapters, alone.status.adapter_capacity) == (0, 4)
     assert alone.gates == {"p": True}, "the pod does not wait for it"
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tunesmith.api.engine_arguments import reserved_argument, reserved_variable
-from tunesmith.contracts.environment import ADMIN_TOKEN_FILE, POD_UID, REQUESTS, SERVING_KEY_FILE
+from tunesmith.contracts.environment import ADAPTER_MEMORY, ADMIN_TOKEN_FILE, POD_UID, REQUESTS, SERVING_KEY_FILE
 from tunesmith.contracts.network import NetworkPolicySettings
 from tunesmith.serving.render import (
     deployment,
@@ -259,7 +259,7 @@ def test_the_middleware_reads_the_variables_that_the_operator_sets() -> None:
     """It imports nothing but the standard library, so it has their names once more."""
     source = (REPOSITORY / "server-image/src/tunesmith_server/middleware/tunesmith_middleware.py").read_text()
     read = set(re.findall(r'"(TUNESMITH_[A-Z_]+)"', source))
-    assert read == {POD_UID, SERVING_KEY_FILE, ADMIN_TOKEN_FILE, REQUESTS}
+    assert read == {POD_UID, SERVING_KEY_FILE, ADMIN_TOKEN_FILE, REQUESTS, ADAPTER_MEMORY}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -37,7 +37,7 @@ async def calls(work: Coroutine[Any, Any, object]) -> int:
 
 async def world_of(count: int, **spec: Any) -> World:
     world = World()
-    world.add_pool("base", engine={"maxLoras": SLOTS}, replicas=-(-count // SLOTS))
+    world.add_pool("base", engine={"maxLoras": 1, "maxAdapters": SLOTS}, replicas=-(-count // SLOTS))
     await world.converge()
     for number in range(count):
         world.add_adapter(number, **spec)
@@ -59,19 +59,19 @@ async def everything(world: World) -> None:
 async def test_an_adapter_whose_rank_is_too_high_takes_no_slot_and_adds_no_pod() -> None:
     world = World()
     rule = {"minReplicas": 1, "maxReplicas": 3}
-    world.add_pool("base", engine={"maxLoras": 1, "maxLoraRank": 8}, autoscaling=rule)
+    world.add_pool("base", engine={"maxLoras": 1, "maxAdapters": 1, "maxLoraRank": 8}, autoscaling=rule)
     await world.converge()
     for number in range(3):
         world.add_adapter(number)
     await world.converge()
     (deployment,) = world.store.of_kind("Deployment")
     assert deployment["spec"]["replicas"] == 1
-    assert world.store.find("ServingPool", "team", "base")["status"]["slotsUsed"] == 0
+    assert world.store.find("ServingPool", "team", "base")["status"]["registeredAdapters"] == 0
     for item in world.adapters():
         reasons = {condition["type"]: condition["reason"] for condition in item["status"]["conditions"]}
         assert reasons["Resolved"] == reasons["Ready"] == "RankTooHigh"
     pool = world.store.find("ServingPool", "team", "base")
-    engine = {**pool["spec"]["engine"], "maxLoraRank": 16, "maxLoras": 4}
+    engine = {**pool["spec"]["engine"], "maxLoraRank": 16, "maxAdapters": 4}
     world.observe(world.store.put({**pool, "spec": {**pool["spec"], "engine": engine}}))
     await world.converge()
     assert {item["status"]["phase"] for item in world.adapters()} == {"Ready"}

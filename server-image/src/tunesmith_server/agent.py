@@ -7,12 +7,19 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from tunesmith.contracts.agent import DesiredAdapter, DesiredAdapters, PodState
-from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_revision, stored_digests
-from tunesmith_server.engine import EngineClient, EngineDownError, EngineSilentError, EngineSnapshot, LoadRefusedError
+from tunesmith.contracts.agent import MAX_ADAPTERS, DesiredAdapter, DesiredAdapters, PodState, PodUse
+from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_revision, stored_size, stored_sizes
+from tunesmith_server.engine import (
+    EngineAdapters,
+    EngineClient,
+    EngineDownError,
+    EngineSilentError,
+    EngineSnapshot,
+    LoadRefusedError,
+)
 from tunesmith_server.guard import Guard
 from tunesmith_server.lora import UnfitAdapterError
-from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, PodObservation, plan
+from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Loads, PodObservation, plan
 from tunesmith_server.retention import Retention
 from tunesmith_server.store import StoreError
 
@@ -58,7 +65,8 @@ class Agent:
         self._metrics = metrics
         self._snapshot: EngineSnapshot | None = None
         self._boot_id: str | None = None
-        self._stored = stored_digests(settings.adapters)
+        self._sizes = stored_sizes(settings.adapters)
+        self._loads: dict[str, Loads] = {}
         self._retention = Retention()
         self._downloads: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, Failure] = {}
@@ -90,6 +98,7 @@ class Agent:
         after = {adapter.engine_name: adapter for adapter in wanted.adapters}
         for name in [name for name in self._failures if after.get(name) != before.get(name)]:
             self._forget(name)
+        self._loads = {name: loads for name, loads in self._loads.items() if name in after}
         await self._publish()
         self._wake.set()
 
@@ -170,16 +179,16 @@ class Agent:
         snapshot = self._snapshot
         if snapshot is None or self._desired.current is None:
             return
-        folders = {digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._stored}
+        folders = {digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._sizes}
         unused = self._retention.unused(
             folders=folders,
             wanted={adapter.digest for adapter in self._wanted()} | set(self._downloads),
-            registered=set(snapshot.resident.values()),
+            registered=snapshot.leaving.union(snapshot.resident.values()),
             running=set(snapshot.state.in_flight),
             now=time.monotonic(),
         )
         for digest in unused:
-            self._stored.discard(digest)
+            del self._sizes[digest]
             await asyncio.to_thread(remove_revision, self._settings.adapters, digest)
             log.info("removed the files of %s", digest)
 
@@ -234,14 +243,16 @@ class Agent:
         return PodObservation(
             now=time.monotonic(),
             desired=self._wanted(),
-            folders={digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._stored},
+            folders={digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._sizes},
             downloading=frozenset(self._downloads),
             failures=self._failures | self._refused_failures(),
             engine=None if snapshot is None or not self._guard.ready else (snapshot.resident if has_list else {}),
             in_flight={} if snapshot is None else snapshot.state.in_flight,
             unwanted_since=self._unwanted_since,
-            max_loras=self._settings.max_loras,
+            max_adapters=self._settings.max_adapters,
             unverified=self._guard.unverified,
+            sizes=self._sizes,
+            loads=self._loads,
         )
 
     def _refused_failures(self) -> dict[str, Failure]:
@@ -256,7 +267,7 @@ class Agent:
         try:
             async with self._download_slots:
                 await asyncio.to_thread(self._fetcher.fetch, adapter)
-            self._stored.add(adapter.digest)
+            self._sizes[adapter.digest] = await asyncio.to_thread(stored_size, self._settings.adapters, adapter.digest)
             for name in [a.engine_name for a in self._wanted() if a.digest == adapter.digest]:
                 self._forget(name)
         except UnfitAdapterError as error:
@@ -274,7 +285,7 @@ class Agent:
             self._wake.set()
 
     async def _load(self, adapter: DesiredAdapter) -> None:
-        name = adapter.engine_name
+        name, started = adapter.engine_name, time.monotonic()
         try:
             await self._engine.load(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
         except LoadRefusedError as error:
@@ -287,7 +298,9 @@ class Agent:
         except EngineDownError as error:
             log.warning("loading %s: %s", name, error)
         else:
-            self._metrics.loaded()
+            seconds = time.monotonic() - started
+            self._loads[name] = Loads(self._loads[name].count + 1 if name in self._loads else 1, round(seconds, 3))
+            self._metrics.loaded(seconds)
             self._forget(name)
             log.info("loaded %s", name)
 
@@ -309,6 +322,24 @@ class Agent:
         self._failures.pop(name, None)
         self._refused.discard(name)
 
+    def _use(self, snapshot: EngineSnapshot | None) -> PodUse:
+        """Return what the pod's adapters use."""
+        engine = EngineAdapters() if snapshot is None else snapshot.state.adapters
+        in_flight = {} if snapshot is None else snapshot.state.in_flight
+        resident = {} if snapshot is None else snapshot.resident
+        return PodUse(
+            slots=engine.slots,
+            max_adapters=self._settings.max_adapters,
+            active=sorted(name for name, count in in_flight.items() if count and name in resident)[:MAX_ADAPTERS],
+            running=engine.running,
+            waiting=engine.waiting,
+            memory_bytes=engine.memory_bytes,
+            memory_limit_bytes=engine.memory_limit_bytes,
+            disk_bytes=sum(self._sizes.values()),
+            disk_limit_bytes=self._settings.storage,
+            reloads=engine.reloads,
+        )
+
     async def _publish(self) -> None:
         current = self._desired.current
         snapshot = self._snapshot
@@ -321,6 +352,7 @@ class Agent:
             problem=self._guard.problem,
             stalled=self._guard.stalled,
             draining=self._draining,
+            use=self._use(snapshot),
             adapters=plan(self._observation()).report,
         )
         self._metrics.residencies(state)

@@ -271,13 +271,10 @@ def remove_revision(adapters: Path, digest: str) -> None:
 
 def stored_sizes(adapters: Path) -> dict[str, int]:
     """Return the bytes of each revision whose checked files are on this pod, by digest."""
-    return {
-        f"sha256:{path.name}": sum(file.stat().st_size for file in path.iterdir())
-        for path in adapters.iterdir()
-        if path.is_dir() and not path.name.startswith(".")
-    }
+    names = [path.name for path in adapters.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return {f"sha256:{name}": stored_size(adapters, name) for name in names}
 
 
-def stored_digests(adapters: Path) -> set[str]:
-    """Return the digests of the revisions whose checked files are on this pod."""
-    return set(stored_sizes(adapters))
+def stored_size(adapters: Path, digest: str) -> int:
+    """Return the bytes of a revision's files on this pod."""
+    return sum(file.stat().st_size for file in adapter_folder(adapters, digest).iterdir())

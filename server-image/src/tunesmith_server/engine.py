@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 if TYPE_CHECKING:
@@ -55,6 +55,34 @@ class ModelTotals(BaseModel):
     completion_tokens: int
 
 
+class EngineAdapters(BaseModel):
+    """Part of the middleware's state about adapters.
+
+    Attributes:
+        version: changes whenever an adapter is registered or removed.
+        slots: number of adapters that compute at the same time; None: unlimited.
+        running: number of adapters with requests in slots.
+        waiting: number of adapters whose requests wait for a slot.
+        memory_bytes: size of the engine's cache of adapters.
+        memory_limit_bytes: highest size of that cache; None: unlimited.
+        reloads: number of times that the engine read an adapter's files again.
+        registered: path of every adapter that accepts requests, by name; None: as in the version that the agent has.
+        leaving: paths of unloaded adapters that the engine may still read.
+    """
+
+    model_config = ConfigDict(alias_generator=to_camel)
+
+    version: int = 0
+    slots: int | None = None
+    running: int = 0
+    waiting: int = 0
+    memory_bytes: int = 0
+    memory_limit_bytes: int | None = None
+    reloads: int = 0
+    registered: dict[str, str] | None = None
+    leaving: list[str] | None = None
+
+
 class EngineState(BaseModel):
     """Response of the middleware's `GET /tunesmith/state`. Every process of the engine has another `boot_id`."""
 
@@ -64,6 +92,7 @@ class EngineState(BaseModel):
     draining: bool
     in_flight: dict[str, int]
     totals: dict[str, ModelTotals]
+    adapters: EngineAdapters = Field(default_factory=EngineAdapters)
 
 
 @dataclass(frozen=True)
@@ -73,6 +102,7 @@ class EngineSnapshot:
     Attributes:
         state: state of the middleware.
         resident: path of every loaded adapter, by name.
+        leaving: paths of unloaded adapters that the engine may still read.
         base: name of the base model.
         length: longest request, in tokens.
     """
@@ -81,6 +111,7 @@ class EngineSnapshot:
     resident: dict[str, str]
     base: str = ""
     length: int = 2048
+    leaving: frozenset[str] = frozenset()
 
 
 class EngineClient:
@@ -96,6 +127,7 @@ class EngineClient:
         self._session = session
         self._url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {admin_token}"}
+        self._last: EngineSnapshot | None = None
 
     async def observe(self) -> EngineSnapshot:
         """Return a snapshot of the engine.
@@ -106,14 +138,30 @@ class EngineClient:
         status, _ = await self._call("GET", "/health", POLL_SECONDS)
         if status != 200:  # noqa: PLR2004 - HTTP
             raise EngineDownError(f"the engine's health check answers {status}")
+        last = self._last
+        seen = "" if last is None else f"?adapters={last.state.adapters.version}"
         try:
-            state = EngineState.model_validate(await self._call_json("GET", "/tunesmith/state"))
-            models = await self._call_json("GET", "/v1/models")
-            resident = {entry["id"]: entry["root"] for entry in models["data"] if entry.get("parent") is not None}
-            base = next(entry for entry in models["data"] if entry.get("parent") is None)
-        except (ValidationError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            state = EngineState.model_validate(await self._call_json("GET", f"/tunesmith/state{seen}"))
+            if last is None or last.state.boot_id != state.boot_id:
+                base, length = await self._base()
+            else:
+                base, length = last.base, last.length
+        except (ValidationError, KeyError, TypeError, AttributeError, StopIteration, ValueError) as error:
             raise EngineDownError(f"the engine's answer is malformed: {error}") from None
-        return EngineSnapshot(state, resident, str(base["id"]), int(base.get("max_model_len") or 2048))
+        if state.adapters.registered is not None:
+            resident, leaving = state.adapters.registered, frozenset(state.adapters.leaving or ())
+        elif last is not None and last.state.adapters.version == state.adapters.version:
+            resident, leaving = last.resident, last.leaving
+        else:
+            raise EngineDownError("the engine's answer does not list its adapters")
+        self._last = EngineSnapshot(state, resident, base, length, leaving)
+        return self._last
+
+    async def _base(self) -> tuple[str, int]:
+        """Return the name of the base model and its longest request, in tokens."""
+        models = await self._call_json("GET", "/v1/models")
+        base = next(entry for entry in models["data"] if entry.get("parent") is None)
+        return str(base["id"]), int(base.get("max_model_len") or 2048)
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter from a folder.

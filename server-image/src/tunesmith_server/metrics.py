@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter as Count
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -67,7 +67,33 @@ class Metrics:
         self._ready = Gauge(
             "tunesmith_agent_engine_ready", "1 while vLLM answers, otherwise 0.", registry=self.registry
         )
-        self._loads = Counter("tunesmith_agent_adapter_loads", "Adapters loaded into vLLM.", registry=self.registry)
+        self._loads = Histogram(
+            "tunesmith_agent_adapter_load_seconds",
+            "Seconds in which vLLM loaded an adapter.",
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120),
+            registry=self.registry,
+        )
+        self._active = Gauge(
+            "tunesmith_agent_adapters_active",
+            "Adapters with requests in vLLM, by state: running (in a slot) or waiting (for a slot).",
+            ["state"],
+            registry=self.registry,
+        )
+        self._slots = Gauge("tunesmith_agent_adapter_slots", "Adapter slots of vLLM.", registry=self.registry)
+        self._size = Gauge(
+            "tunesmith_agent_adapter_bytes",
+            "Bytes that adapters occupy, by place: disk (all on this pod) or memory (vLLM's cache).",
+            ["place"],
+            registry=self.registry,
+        )
+        self._size_limit = Gauge(
+            "tunesmith_agent_adapter_limit_bytes", "Highest number of those bytes.", ["place"], registry=self.registry
+        )
+        self._reloads = Gauge(
+            "tunesmith_agent_adapter_reloads",
+            "Times since vLLM's start that it read the files of an adapter again, which its cache no longer had.",
+            registry=self.registry,
+        )
         self._failures = Counter(
             "tunesmith_agent_adapter_failures",
             "Failed downloads, checks and loads of adapters; permanent: true if repeating them cannot help.",
@@ -78,9 +104,9 @@ class Metrics:
         self._engine = EngineTotals()
         self.registry.register(self._engine)
 
-    def loaded(self) -> None:
-        """Count a load."""
-        self._loads.inc()
+    def loaded(self, seconds: float) -> None:
+        """Record a load and its duration."""
+        self._loads.observe(seconds)
 
     def failed(self, *, permanent: bool) -> None:
         """Count a failed attempt."""
@@ -99,10 +125,21 @@ class Metrics:
         self._engine.state = state
 
     def residencies(self, state: PodState) -> None:
-        """Record the number of revisions in each state."""
+        """Record the number of revisions in each state, and what they use."""
         counts = Count(residency.state for residency in state.adapters)
         for kind in ResidencyState:
             self._adapters.labels(kind.value).set(counts[kind])
+        use = state.use
+        self._active.labels("running").set(use.running)
+        self._active.labels("waiting").set(use.waiting)
+        self._slots.set(use.slots or 0)
+        for place, size, limit in (
+            ("disk", use.disk_bytes, use.disk_limit_bytes),
+            ("memory", use.memory_bytes, use.memory_limit_bytes),
+        ):
+            self._size.labels(place).set(size)
+            self._size_limit.labels(place).set(float("inf") if limit is None else limit)
+        self._reloads.set(use.reloads)
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""

@@ -36,6 +36,14 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Loads:
+    """Loads of a revision into the engine. `seconds`: duration of the latest one."""
+
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class PodObservation:
     """Observed state of the pod.
 
@@ -48,8 +56,10 @@ class PodObservation:
         engine: paths of the adapters loaded in the engine, by name; None while it is down.
         in_flight: requests in the engine by model.
         unwanted_since: monotonic seconds at which each loaded adapter was first observed to be unwanted.
-        max_loras: number of adapters that may be resident at once.
+        max_adapters: number of adapters that may be registered at once.
         unverified: loaded adapters that get no requests until their canary has passed.
+        sizes: bytes of the files of each revision on this pod, by digest.
+        loads: loads of each revision into the engine, by engine name.
     """
 
     now: float
@@ -60,8 +70,10 @@ class PodObservation:
     engine: Mapping[str, str] | None
     in_flight: Mapping[str, int]
     unwanted_since: Mapping[str, float]
-    max_loras: int
+    max_adapters: int
     unverified: frozenset[str] = frozenset()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    loads: Mapping[str, Loads] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,13 +96,13 @@ def plan(observed: PodObservation) -> PodPlan:
         waited = observed.now - observed.unwanted_since.get(name, observed.now)
         if not observed.in_flight.get(name) or waited >= UNLOAD_SECONDS:
             result.unloads.append(name)
-    free = observed.max_loras - len(engine)
+    free = observed.max_adapters - len(engine)
     fetching: set[str] = set()
     for index, adapter in enumerate(observed.desired):
-        if index >= observed.max_loras:
+        if index >= observed.max_adapters:
             message = (
-                f"the pod has {observed.max_loras} adapter slots (engine.maxLoras) for {len(observed.desired)} "
-                "adapters: raise maxLoras, add pods or detach adapters"
+                f"the pod registers at most {observed.max_adapters} adapters (engine.maxAdapters), and the operator "
+                f"wants {len(observed.desired)}: raise maxAdapters, add pods or detach adapters"
             )
             result.report.append(_residency(adapter, ResidencyState.FAILED, message))
             continue
@@ -102,6 +114,7 @@ def plan(observed: PodObservation) -> PodPlan:
         elif action == "download" and adapter.digest not in fetching:
             fetching.add(adapter.digest)
             result.downloads.append(adapter)
+    result.report = [_with_figures(residency, observed) for residency in result.report]
     wanted = {residency.engine_name for residency in result.report}
     result.report += [
         Residency(
@@ -129,8 +142,20 @@ def _next_action(adapter: DesiredAdapter, observed: PodObservation, free: int) -
     if observed.engine is None:
         return _residency(adapter, ResidencyState.LOADING, "the engine is not ready"), ""
     if loaded is not None or free <= 0:
-        return _residency(adapter, ResidencyState.LOADING, "no adapter slot is free"), ""
+        return _residency(adapter, ResidencyState.LOADING, "the engine has not removed an unloaded adapter yet"), ""
     return _residency(adapter, ResidencyState.LOADING), "load"
+
+
+def _with_figures(residency: Residency, observed: PodObservation) -> Residency:
+    size, loads = observed.sizes.get(residency.digest, 0), observed.loads.get(residency.engine_name)
+    if not size and loads is None:
+        return residency
+    changes = {
+        "size_bytes": size,
+        "loads": loads.count if loads else 0,
+        "load_seconds": loads.seconds if loads else 0.0,
+    }
+    return residency.model_copy(update=changes)
 
 
 def _residency(

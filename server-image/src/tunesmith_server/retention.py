@@ -16,7 +16,7 @@ class Retention:
 
     The engine reads the files of a registered adapter again after it has evicted the adapter from its cache, and a
     running request keeps its adapter even after the adapter is unloaded. Files are therefore removed when their
-    revision is not wanted, its adapter is not registered and none of its requests has run for `GRACE_SECONDS`.
+    revision has not been wanted, known to the engine or used by a request for `GRACE_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Retention:
         Args:
             folders: folders of the files on this pod, by digest.
             wanted: digests that are wanted or being downloaded.
-            registered: folders of the adapters that are loaded in the engine.
+            registered: folders of the adapters that the engine knows, also of unloaded ones that it has not removed.
             running: engine names with requests in the engine.
             now: monotonic seconds.
         """

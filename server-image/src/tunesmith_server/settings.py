@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from tunesmith.api.servingpool import MAX_DESIRED_ADAPTERS
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
 from tunesmith.contracts.environment import (
     AGENT_KEYS_FOLDER,
@@ -66,7 +67,7 @@ class ServeSettings(_StoreReaderSettings):
     description: ClassVar[str] = "Keep the engine's adapters equal to the operator's list."
     example: ClassVar[str] = (
         "--pod-uid 1234 --store s3://bucket/store --secret /etc/tunesmith/secrets/tunesmith-store"
-        " --storage 20000000000 --max-lora-rank 16 --max-loras 8"
+        " --storage 20000000000 --max-lora-rank 16 --max-adapters 64"
     )
 
     pod_uid: Annotated[str, Field(min_length=1), Internal(f"the pod's metadata.uid, as {POD_UID}")]
@@ -99,8 +100,8 @@ class ServeSettings(_StoreReaderSettings):
     """Highest norm of an adapter's change to a module, relative to the norm of the base model's weights."""
     max_lora_rank: Annotated[int, Field(ge=1), _POD]
     """Highest rank of an adapter."""
-    max_loras: Annotated[int, Field(ge=1), _POD]
-    """Number of adapters that may be resident at once."""
+    max_adapters: Annotated[int, Field(ge=1, le=MAX_DESIRED_ADAPTERS), _POD]
+    """Number of adapters that may be registered at once."""
     drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False), _POD] = 60
     """Seconds that /drain waits for running requests."""
     canary_seconds: Annotated[_Seconds, _DEFAULT_FITS] = CANARY_SECONDS

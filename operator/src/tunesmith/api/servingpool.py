@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_MODEL_NAME = 63
+MAX_DESIRED_ADAPTERS = 1024
+"""Highest number of desired revisions of one pod."""
+MAX_LISTED_PODS = 100
+_DEFAULT_MAX_ADAPTERS = 64
 ModelName = Annotated[
     str,
     Field(min_length=1, max_length=MAX_MODEL_NAME),
@@ -81,13 +85,35 @@ class Engine(ApiModel):
             "engine.env must not contain reserved variables: remove them; reserved are "
             + ", ".join(engine_arguments.RESERVED_VARIABLES),
         ),
+        Rule(
+            "!has(self.maxAdapters) || self.maxAdapters >= self.maxLoras",
+            "engine.maxAdapters must not be below engine.maxLoras: an adapter in a slot is registered too",
+            lambda self: self.max_adapters is None or self.max_adapters >= self.max_loras,
+        ),
     )
 
     image: str | None = Field(
         default=None, min_length=1, max_length=512, description="Image of vLLM. Absent: the installation's default."
     )
     max_loras: int = Field(
-        default=8, ge=1, le=256, description="Maximum number of resident adapters per pod (vLLM's --max-loras)."
+        default=8,
+        ge=1,
+        le=256,
+        description="Number of adapter slots per pod: adapters that compute at the same time (vLLM's --max-loras). "
+        "Each takes GPU memory for the largest adapter. Requests of further adapters wait for a slot.",
+    )
+    max_adapters: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_DESIRED_ADAPTERS,
+        description="Maximum number of registered adapters per pod. The engine swaps them between its cache in main "
+        "memory and the slots. Absent: 64, or maxLoras if that is higher.",
+    )
+    adapter_memory: CacheSize | None = Field(
+        default=None,
+        description="Size of the engine's cache of registered adapters in main memory, part of resources.memory. An "
+        "adapter that is not in the cache is read from the pod's disk when it is used. Absent: a quarter of "
+        "resources.memory.",
     )
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
         default=64, description="Maximum rank of an adapter (vLLM's --max-lora-rank)."
@@ -111,6 +137,11 @@ class Engine(ApiModel):
     env: list[EnvironmentVariable] | None = Field(
         default=None, max_length=64, description="Additional environment variables of the engine's container."
     )
+
+    @property
+    def adapter_capacity(self) -> int:
+        """Maximum number of registered adapters per pod."""
+        return max(_DEFAULT_MAX_ADAPTERS, self.max_loras) if self.max_adapters is None else self.max_adapters
 
 
 class PoolAutoscaling(ApiModel):
@@ -251,6 +282,26 @@ class PoolPhase(StrEnum):
     DEGRADED = "Degraded"
 
 
+class PodUsage(StatusModel):
+    """Adapters of one pod, and the disk and memory that they occupy."""
+
+    name: str = Field(max_length=253, description="Name of the pod.")
+    registered: int = Field(default=0, description="Number of adapters that its engine has registered.")
+    active: int = Field(default=0, description="Number of adapters with requests in its engine.")
+    waiting: int = Field(default=0, description="Number of adapters whose requests wait for a slot of its engine.")
+    disk_bytes: int = Field(default=0, description="Size of the adapters' files on its disk.")
+    disk_limit_bytes: int = Field(default=0, description="Highest size of those files: serving.adapterStorage.")
+    memory_bytes: int = Field(default=0, description="Size of its engine's cache of adapters in main memory.")
+    memory_limit_bytes: int | None = Field(
+        default=None, description="Highest size of that cache: engine.adapterMemory. Absent: unknown."
+    )
+    reloads: int = Field(
+        default=0,
+        description="Number of times that its engine read an adapter's files again, since its start, because the cache "
+        "no longer had the adapter.",
+    )
+
+
 class ServingPoolStatus(StatusModel):
     """Observed state of a ServingPool."""
 
@@ -277,8 +328,22 @@ class ServingPoolStatus(StatusModel):
     replicas: int | None = Field(default=None, description="Number of pods.")
     ready_replicas: int | None = Field(default=None, description="Number of ready pods.")
     adapters: int | None = Field(default=None, description="Number of attached AdapterDeployments.")
-    slots_used: int | None = Field(default=None, description="Number of used adapter slots of the pods.")
-    slots_free: int | None = Field(default=None, description="Number of free adapter slots of the pods.")
+    ready: str | None = Field(default=None, max_length=16, description="Ready and desired pods, such as 2/3.")
+    registered_adapters: int | None = Field(
+        default=None, description="Number of adapters on the pods; an adapter on two pods counts twice."
+    )
+    adapter_capacity: int | None = Field(
+        default=None, description="Highest number of adapters on the pods: engine.maxAdapters of each."
+    )
+    active_adapters: int | None = Field(
+        default=None, description="Number of adapters with requests in the engines, as of at most 10 s ago."
+    )
+    adapter_slots: int | None = Field(default=None, description="Number of adapter slots: engine.maxLoras of each pod.")
+    pods: list[PodUsage] = Field(
+        default_factory=list,
+        max_length=MAX_LISTED_PODS,
+        description=f"Use of the pods by adapters, as of at most 10 s ago; of the first {MAX_LISTED_PODS} pods.",
+    )
     selector: str | None = Field(default=None, max_length=256, description="Label selector for the scale subresource.")
 
 

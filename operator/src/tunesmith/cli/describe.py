@@ -12,7 +12,7 @@ from tunesmith.cli.progress import final_condition, live_line
 from tunesmith.contracts.progress import duration
 
 if TYPE_CHECKING:
-    from tunesmith.api.servingpool import ServingPool
+    from tunesmith.api.servingpool import ServingPool, ServingPoolStatus
     from tunesmith.cli.kinds import Resource
 
 _UNOBSERVED = "the operator has not processed it yet"
@@ -34,7 +34,7 @@ def summary(resource: Resource, now: datetime) -> str:
         pool = adapter_pool(resource)
         return waiting(resource) or (f"{pods(resource)} pods of {pool}" if pool else "")
     status = resource.status
-    free = f", {status.slots_free} free adapter slots" if status.slots_free is not None else ""
+    free = f", {_free(status)} more adapters fit" if status.adapter_capacity is not None else ""
     return waiting(resource) or f"{pods(resource)} pods{free}, {resource.spec.base_model.uri}"
 
 
@@ -140,16 +140,20 @@ def _adapter(adapter: AdapterDeployment) -> list[tuple[str, str]]:
 
 def _of_pool(pool: ServingPool) -> list[tuple[str, str]]:
     status = pool.status
+    free = "?" if status.adapter_capacity is None else _free(status)
+    active = f"{status.active_adapters or 0} active in {status.adapter_slots or 0} slots"
     return [
         ("model", pool.model),
         ("base", pool.spec.base_model.uri),
         ("pods", pods(pool)),
-        (
-            "adapters",
-            f"{status.adapters or 0} attached, {'?' if status.slots_free is None else status.slots_free} free slots",
-        ),
+        ("adapters", f"{status.adapters or 0} attached, {free} more fit, {active}"),
         ("highest rank", str(pool.spec.engine.max_lora_rank)),
     ]
+
+
+def _free(status: ServingPoolStatus) -> int:
+    """Return the number of adapters for which the pods have room."""
+    return max(0, (status.adapter_capacity or 0) - (status.registered_adapters or 0))
 
 
 def next_step(resource: Resource) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from tunesmith.api.model import StatusModel
+from tunesmith.api.servingpool import MAX_DESIRED_ADAPTERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -134,8 +135,6 @@ def _hex(key: bytes, purpose: str) -> str:
 
 MAX_MESSAGE = 1000
 """Longest message of an agent, in characters."""
-MAX_DESIRED_ADAPTERS = 1024
-"""Highest number of desired revisions of one pod."""
 MAX_ADAPTERS = 2048
 """Highest number of revisions on one pod, with those still being unloaded."""
 MAX_MODELS = 20_000
@@ -196,7 +195,8 @@ class Residency(_WireModel):
     """A revision on one pod.
 
     `digest`: empty if the engine holds a revision that is not wanted. `permanent`: a retry cannot succeed (a damaged or
-    unsuitable artifact).
+    unsuitable artifact). `size_bytes`: size of its files on the pod's disk. `loads`: number of its loads into the
+    engine, and `load_seconds`: duration of the latest one, since the agent's start.
     """
 
     engine_name: EngineName
@@ -204,6 +204,37 @@ class Residency(_WireModel):
     state: ResidencyState
     message: Message = ""
     permanent: bool = False
+    size_bytes: int = Field(default=0, ge=0, le=_MAX_NUMBER)
+    loads: int = Field(default=0, ge=0, le=_MAX_NUMBER)
+    load_seconds: float = Field(default=0.0, ge=0, le=_MAX_NUMBER, allow_inf_nan=False)
+
+
+class PodUse(_WireModel):
+    """Adapters in use on a pod, and the disk and memory that its adapters occupy."""
+
+    slots: int | None = Field(
+        default=None, ge=1, le=MAX_ADAPTERS, description="Adapters that compute at the same time; null: unknown."
+    )
+    max_adapters: int = Field(default=0, ge=0, le=MAX_ADAPTERS, description="Adapters that may be registered.")
+    active: list[EngineName] = Field(
+        default_factory=list, max_length=MAX_ADAPTERS, description="Adapters with requests in the engine."
+    )
+    running: int = Field(default=0, ge=0, le=MAX_ADAPTERS, description="Adapters with requests in slots.")
+    waiting: int = Field(
+        default=0, ge=0, le=MAX_ADAPTERS, description="Adapters whose requests wait for a slot of the engine."
+    )
+    memory_bytes: int = Field(default=0, ge=0, le=_MAX_NUMBER, description="Size of the engine's cache of adapters.")
+    memory_limit_bytes: int | None = Field(
+        default=None, ge=0, le=_MAX_NUMBER, description="Highest size of that cache; null: unlimited or unknown."
+    )
+    disk_bytes: int = Field(default=0, ge=0, le=_MAX_NUMBER, description="Size of the adapters' files on the pod.")
+    disk_limit_bytes: int = Field(default=0, ge=0, le=_MAX_NUMBER, description="Highest size of those files.")
+    reloads: int = Field(
+        default=0,
+        ge=0,
+        le=_MAX_NUMBER,
+        description="Times that the engine read the files of an adapter again, which its cache no longer had.",
+    )
 
 
 class PodHeader(_WireModel):
@@ -223,6 +254,7 @@ class PodHeader(_WireModel):
         default="",
         description="Reason why the pod temporarily receives no requests although it keeps its adapters; empty: none.",
     )
+    use: PodUse = Field(default_factory=PodUse)
 
 
 class PodState(PodHeader):

@@ -18,6 +18,8 @@ SERVING_KEY_FILE = "TUNESMITH_SERVING_KEY_FILE"
 ADMIN_TOKEN_FILE = "TUNESMITH_ADMIN_TOKEN_FILE"  # noqa: S105 - a variable's name
 REQUESTS = "TUNESMITH_REQUESTS"
 """The pool's `spec.requests`, as JSON."""
+ADAPTER_MEMORY = "TUNESMITH_ADAPTER_MEMORY"
+"""Highest number of bytes of the engine's cache of adapters in main memory."""
 
 CONTROL_KEY, EVENTS_KEY, SERVING_KEY, METRICS_DIGEST = "control", "events", "serving", "metrics"
 """Entries of a pool's Secret, and names of their files. The engine's container gets only `serving`."""

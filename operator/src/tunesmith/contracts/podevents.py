@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tunesmith.contracts.agent import MAX_ADAPTERS, PodEvent, PodHeader, PodState, Residency
 
 _HEADER = frozenset(PodHeader.model_fields)
+_RESIDENCY = tuple(Residency.model_fields)
 
 
 class StreamOutOfSyncError(Exception):
@@ -132,7 +133,5 @@ class EventReader:
 
 
 def _residency_hash(residency: Residency) -> int:
-    text = "\0".join(
-        (residency.engine_name, residency.digest, residency.state, residency.message, str(residency.permanent))
-    )
+    text = "\0".join(str(getattr(residency, name)) for name in _RESIDENCY)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16])

@@ -290,7 +290,7 @@ def _unplaced(
             reason = (
                 f"all {len(staying) * assignment.slots} slots of the pool's {len(staying)} "
                 f"pod{'s' * (len(staying) != 1)} are in use: "
-                "raise its replicas or engine.maxLoras"
+                "raise its replicas or engine.maxAdapters"
             )
         found.append(Unplaced(item.revision, missing, reason))
     return found

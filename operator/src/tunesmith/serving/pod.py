@@ -15,7 +15,7 @@ from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.waiting import CONFIGURATION_REASONS, IMAGE_PULL_REASONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tunesmith.contracts.agent import PodState, Residency
 
@@ -121,6 +121,11 @@ class PoolPod:
     def adapters(self) -> Mapping[str, Residency]:
         """The agent's latest reports, by engine name."""
         return {entry.engine_name: entry for entry in self.state.adapters} if self.state is not None else {}
+
+    @property
+    def active(self) -> Sequence[str]:
+        """Adapters with requests in its engine, by the agent's latest report; empty if it does not report."""
+        return self.state.use.active if self.state is not None and self.is_reporting else ()
 
     @cached_property
     def present(self) -> frozenset[str]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api.adapterdeployment import RevisionState
 from tunesmith.api.conditions import ConditionStatus, ServingPoolCondition
 from tunesmith.api.conditions import ServingPoolReason as Reason
-from tunesmith.api.servingpool import PoolPhase, ServingPoolStatus
-from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
+from tunesmith.api.servingpool import MAX_LISTED_PODS, PodUsage, PoolPhase, ServingPoolStatus
+from tunesmith.contracts.agent import DesiredAdapter, PodUse, ResidencyState
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
 from tunesmith.serving.adapter import desired_copies
@@ -121,7 +121,7 @@ class PlacementCache:
             )
             for pod in living
         )
-        size = (observation.decision.replicas, observation.spread, pool.spec.engine.max_loras)
+        size = (observation.decision.replicas, observation.spread, pool.spec.engine.adapter_capacity)
         inputs = (pods, desired, revisions, size, observation.rollout.outdated, observation.max_surge)
         if self._input != inputs:
             self._output = _placement(pool, observation, living, desired)
@@ -209,7 +209,7 @@ def _placement(
 
     # A draining pod is leaving, regardless of its other state.
     draining = frozenset(pod.name for pod in living if _drains(pod))
-    slots = pool.spec.engine.max_loras
+    slots = pool.spec.engine.adapter_capacity
     candidates = pods(draining)
     undisturbed = place(desired, candidates, slots)
     marked = {pod.name for pod in living if _is_marked(pod)}
@@ -335,9 +335,28 @@ def _status(
         replicas=len(living),
         ready_replicas=ready,
         adapters=len(observation.adapters),
-        slots_used=used,
-        slots_free=max(0, len(living) * pool.spec.engine.max_loras - used),
+        ready=f"{ready}/{observation.decision.replicas}",
+        registered_adapters=used,
+        adapter_capacity=len(living) * pool.spec.engine.adapter_capacity,
+        active_adapters=sum(len(pod.active) for pod in living),
+        adapter_slots=len(living) * pool.spec.engine.max_loras,
+        pods=[_usage(pod) for pod in sorted(living, key=lambda pod: pod.name)[:MAX_LISTED_PODS]],
         selector=selector_text(pool),
+    )
+
+
+def _usage(pod: PoolPod) -> PodUsage:
+    use = PodUse() if pod.state is None else pod.state.use
+    return PodUsage(
+        name=pod.name,
+        registered=len(pod.resident),
+        active=len(pod.active),
+        waiting=use.waiting,
+        disk_bytes=use.disk_bytes,
+        disk_limit_bytes=use.disk_limit_bytes,
+        memory_bytes=use.memory_bytes,
+        memory_limit_bytes=use.memory_limit_bytes,
+        reloads=use.reloads,
     )
 
 

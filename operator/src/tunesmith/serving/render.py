@@ -12,6 +12,7 @@ from tunesmith.api.model import API_VERSION
 from tunesmith.api.placement import quantity_value
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
 from tunesmith.contracts.environment import (
+    ADAPTER_MEMORY,
     ADMIN_TOKEN,
     ADMIN_TOKEN_FILE,
     AGENT_KEYS_FOLDER,
@@ -272,7 +273,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "--max-adapter-ratio", f"{settings.max_adapter_ratio:g}",
             "--base-fingerprint-file", _FINGERPRINT,
             "--max-lora-rank", str(engine.max_lora_rank),
-            "--max-loras", str(engine.max_loras),
+            "--max-adapters", str(engine.adapter_capacity),
             "--drain-seconds", str(pool.spec.drain_seconds),
             *([] if pool.spec.resources.gpus else _CPU_TIMEOUTS),
         ],
@@ -335,15 +336,17 @@ def _engine(pool: ServingPool, settings: PoolSettings) -> Manifest:
 
 def _engine_arguments(pool: ServingPool) -> list[str]:
     engine = pool.spec.engine
-    # On CPUs, base requests batched with LoRA requests use the adapter in the last slot, so one slot is kept empty.
-    slots = engine.max_loras + (1 if pool.spec.resources.gpus == 0 else 0)
+    # On CPUs, base requests batched with LoRA requests use the adapter in the last slot: the middleware keeps an empty
+    # adapter there.
+    empty = 1 if pool.spec.resources.gpus == 0 else 0
     arguments = [
         "--served-model-name", pool.model,
         "--port", str(ENGINE_PORT),
         "--enable-lora",
-        "--max-loras", str(slots),
+        "--max-loras", str(engine.max_loras + empty),
         "--max-lora-rank", str(engine.max_lora_rank),
-        "--max-cpu-loras", str(slots),
+        # The middleware limits the bytes of this cache (ADAPTER_MEMORY), which vLLM limits by number only.
+        "--max-cpu-loras", str(engine.adapter_capacity + empty),
         "--middleware", "tunesmith_middleware.Middleware",
         "--dtype", engine.data_type,
         # xgrammar, vLLM's default, takes minutes for a hostile grammar and 0.8 s per token for a hostile regular
@@ -375,6 +378,7 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
         SERVING_KEY_FILE: f"{_ENGINE_KEYS}/{SERVING_KEY}",
         ADMIN_TOKEN_FILE: _ADMIN_TOKEN_FILE,
         REQUESTS: json.dumps(pool.spec.requests.manifest()),
+        ADAPTER_MEMORY: str(_adapter_memory(pool)),
         # The engine runs in one pod: its processes' ports are not exposed to others.
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOOPBACK_IP": "127.0.0.1",
@@ -392,6 +396,12 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
         _POD_UID,
         *({"name": variable.name, "value": variable.value} for variable in pool.spec.engine.env or ()),
     ]
+
+
+def _adapter_memory(pool: ServingPool) -> int:
+    """Return the bytes of the engine's cache of adapters."""
+    memory = pool.spec.engine.adapter_memory
+    return int(quantity_value(pool.spec.resources.memory) // 4) if memory is None else _bytes(memory)
 
 
 def _agent_image_fields(settings: PoolSettings, storage: int) -> Manifest:

@@ -10,6 +10,7 @@ The environment is read when the module is imported, so that vLLM does not start
     TUNESMITH_POD_UID: UID of this pod. A client's token is the HMAC-SHA256 of the UID under a serving key.
     TUNESMITH_ADMIN_TOKEN_FILE: file with the agent's token.
     TUNESMITH_REQUESTS: JSON of the pool's `spec.requests`; absent: the defaults. See tunesmith_checks.Policy.
+    TUNESMITH_ADAPTER_MEMORY: highest number of bytes of the engine's cache of adapters; absent: unlimited.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
-    from tunesmith_server.middleware import tunesmith_checks, tunesmith_parameters
+    from tunesmith_server.middleware import tunesmith_adapters, tunesmith_checks, tunesmith_parameters
 
     Scope = MutableMapping[str, Any]
     Message = MutableMapping[str, Any]
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 else:
     # Beside this file, which the agent puts on the engine's PYTHONPATH.
+    import tunesmith_adapters
     import tunesmith_checks
     import tunesmith_parameters
 
@@ -48,6 +50,9 @@ MIN_TOKEN_LENGTH = 16
 """Length of the shortest valid token, in characters."""
 GENERATE = frozenset({tunesmith_parameters.CHAT, tunesmith_parameters.COMPLETIONS})
 """Routes to which clients may POST. Their requests are counted and need a `model`."""
+_LOAD = "/v1/load_lora_adapter"
+ADAPTERS = frozenset({_LOAD, "/v1/unload_lora_adapter"})
+"""Routes with which the agent loads and unloads adapters."""
 READ = frozenset({"/v1/models", "/metrics"})
 """Routes that clients may GET."""
 
@@ -145,16 +150,27 @@ def _policy() -> tunesmith_checks.Policy:
         ) from None
 
 
+def _adapter_memory() -> int | None:
+    text = os.environ.get("TUNESMITH_ADAPTER_MEMORY")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise SystemExit("The environment variable TUNESMITH_ADAPTER_MEMORY must be a positive number of bytes.")
+    return int(text)
+
+
 SERVING_TOKENS = _ServingTokens()
 ADMIN_TOKEN = _token("TUNESMITH_ADMIN_TOKEN_FILE")
 POLICY = _policy()
+ADAPTER_MEMORY = _adapter_memory()
 
 
 class Middleware:
     """Middleware around vLLM's application.
 
     Its own routes, for the agent: `GET /tunesmith/state` returns `{"bootId", "draining", "inFlight": {model:
-    requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}}`; after `POST /tunesmith/drain` new
+    requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "adapters": …}`, see
+    tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after `POST /tunesmith/drain` new
     work is refused; `POST /tunesmith/restart` with `{"reason"}` exits the process, and the kubelet restarts the
     container. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while
     draining is 503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry such a
@@ -166,14 +182,13 @@ class Middleware:
         self._boot_id = secrets.token_hex(16)
         self._draining = False
         self._in_flight: dict[str, int] = {}
-        self._unloaded: dict[str, set[int]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._adapters = tunesmith_adapters.EngineAdapters(ADAPTER_MEMORY, on_cpu=POLICY.on_cpu)
         self._totals: dict[str, dict[str, int]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         if scope["type"] == "lifespan":
-            await self._app(scope, _guard_shutdown(scope, receive), send)
+            await self._app(scope, self._lifespan(scope, receive), send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "WebSockets are not supported"})
         else:
@@ -200,15 +215,23 @@ class Middleware:
             await self._app(scope, receive, send)
         elif not admin:
             await _refuse(send, 403, "forbidden", f"{method} {path} is not open to clients of the pool.")
-        elif path == "/tunesmith/state" and method == "GET":
-            await _reply(send, 200, self._state())
+        else:
+            await self._serve_agent(scope, receive, send)
+
+    async def _serve_agent(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request of the agent, to a route that clients cannot use or do not need checks for."""
+        path, method = _route(scope), scope["method"]
+        if path == "/tunesmith/state" and method == "GET":
+            await _reply(send, 200, self._state(_seen(scope)))
         elif path == "/tunesmith/drain" and method == "POST":
             self._draining = True
             await _reply(send, 200, self._state())
         elif path == "/tunesmith/restart" and method == "POST":
             await self._restart(scope, receive, send)
-        elif path == "/v1/unload_lora_adapter" and method == "POST":
-            await self._unload(scope, receive, send)
+        elif path in ADAPTERS and method == "POST":
+            await self._change_adapters(scope, receive, send)
+        elif path in GENERATE and method == "POST":
+            await self._generate_for_agent(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -223,44 +246,54 @@ class Middleware:
         await _reply(send, 200, self._state())
         asyncio.get_running_loop().call_later(0.1, _exit, _RESTART_CODE, f"the agent restarts the engine: {reason}")
 
-    async def _unload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Have vLLM unload an adapter, and free its slot, which vLLM otherwise keeps until another adapter needs it.
+    def _lifespan(self, scope: Scope, receive: Receive) -> Receive:
+        """Return a receive that prepares the engine before the server starts to listen."""
+        guarded = _guard_shutdown(scope, receive)
 
-        On CPUs, a base request that is batched with an adapter's request is computed with the adapter in the last
-        slot. A CPU pool therefore has one slot more than adapters, which stays empty only if unloaded adapters free
-        their slots.
-        """
+        async def prepared() -> Message:
+            message = await guarded()
+            engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+            if message["type"] == "lifespan.startup" and engine is not None:
+                try:
+                    await self._adapters.start(engine)
+                except Exception as error:  # noqa: BLE001 - uvicorn would continue without the preparation
+                    _exit(_DEAD_CODE, f"the engine's adapter slots could not be prepared: {error!r}")
+            return message
+
+        return prepared
+
+    async def _change_adapters(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have vLLM load or unload an adapter, and record it."""
         body = await _read_body(scope, receive) or b""
-        name, number = _registered_adapter(scope, body)
         reply: list[Message] = []
 
         async def keep(message: Message) -> None:
             reply.append(message)
 
-        await self._app(scope, _replay(body, receive), keep)
-        if number is not None and reply[0]["status"] == 200:  # noqa: PLR2004 - HTTP
-            self._unloaded.setdefault(name, set()).add(number)
-            await self._free_slots(scope, name)
+        await self._app(scope, _Client(body, receive).receive, keep)
+        name = _member(body, "lora_name")
+        if reply[0]["status"] == 200 and name is not None:  # noqa: PLR2004 - HTTP
+            if _route(scope) == _LOAD:
+                request = scope["app"].state.openai_serving_models.lora_requests[name]
+                self._adapters.register(name, int(request.lora_int_id), str(request.lora_path))
+            else:
+                await self._adapters.unregister(name)
         for message in reply:
             await send(message)
 
-    async def _free_slots(self, scope: Scope, name: str) -> None:
-        """Remove the unloaded adapters with a name from the engine, once none of their requests is running."""
-        if self._in_flight.get(name):
-            return
-        for number in self._unloaded.pop(name, ()):
-            try:
-                await scope["app"].state.engine_client.remove_lora(number)
-            except Exception as error:  # noqa: BLE001 - vLLM's own; the engine continues to serve
-                sys.stderr.write(f"tunesmith: the slot of the adapter {name} could not be freed:  {error!r}\n")
-                sys.stderr.flush()
+    async def _generate_for_agent(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request of the agent, before those of clients that wait for a slot."""
+        body = await _read_body(scope, receive) or b""
+        async with self._adapters.use(_member(body, "model") or "", first=True):
+            await self._app(scope, _Client(body, receive).receive, send)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, seen: int | None = None) -> dict[str, Any]:
         return {
             "bootId": self._boot_id,
             "draining": self._draining,
             "inFlight": self._in_flight,
             "totals": self._totals,
+            "adapters": self._adapters.state(seen),
         }
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -314,16 +347,16 @@ class Middleware:
             ],
         }
         self._in_flight[model] = self._in_flight.get(model, 0) + 1
+        client = _Client(body, receive)
         try:
-            await self._app(scope, _replay(body, receive), observer.send)
+            async with self._adapters.use(model, client.left) as admitted:
+                if admitted:
+                    await self._app(scope, client.receive, observer.send)
         finally:
+            client.forget()
             self._in_flight[model] -= 1
             if not self._in_flight[model]:
                 del self._in_flight[model]
-                if model in self._unloaded:
-                    task = asyncio.create_task(self._free_slots(scope, model))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
 
     def _count(self, model: str, requests: int, prompt: int, completion: int) -> None:
         # The engine answers unknown names with 404, which is not counted, so there are no more totals than models.
@@ -414,13 +447,18 @@ class _Reply:
         return True
 
 
-def _registered_adapter(scope: Scope, body: bytes) -> tuple[str, int | None]:
-    """Return the name in the body of an unload request, and the engine's number of that adapter or None."""
+def _member(body: bytes, name: str) -> str | None:
+    """Return a string in the body of one of the agent's requests."""
     try:
-        name = str(json.loads(body)["lora_name"])
-        return name, int(scope["app"].state.openai_serving_models.lora_requests[name].lora_int_id)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "", None
+        return str(json.loads(body)[name])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _seen(scope: Scope) -> int | None:
+    """Return the version of the adapters that the agent has; None if it has none."""
+    found = re.search(rb"(?:^|&)adapters=([0-9]{1,15})(?:&|$)", scope.get("query_string", b""))
+    return int(found[1]) if found else None
 
 
 def _guard_shutdown(scope: Scope, receive: Receive) -> Receive:
@@ -506,14 +544,31 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
             return bytes(parts)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a receive that first returns the body that was read, then the connection's next message: its end."""
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+class _Client:
+    """Messages of a client whose request body was read: first that body, then the connection's end."""
 
-    async def replay() -> Message:
-        return pending.pop() if pending else await receive()
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._receive = receive
+        self._next: asyncio.Future[Message] | None = None
 
-    return replay
+    async def receive(self) -> Message:
+        """Return the next message."""
+        if self._pending:
+            return self._pending.pop()
+        # A reader that gives up, as vLLM's do at the end of a reply, must not cancel the future for the next one.
+        return await (self._receive() if self._next is None else asyncio.shield(self._next))
+
+    def left(self) -> asyncio.Future[Message]:
+        """Return a future that is done when the client disconnects."""
+        if self._next is None:
+            self._next = asyncio.ensure_future(self._receive())
+        return self._next
+
+    def forget(self) -> None:
+        """Stop waiting for the client."""
+        if self._next is not None:
+            self._next.cancel()
 
 
 async def _refuse(

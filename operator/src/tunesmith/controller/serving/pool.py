@@ -145,7 +145,7 @@ class ServingPoolReconciler:
         return Result(_TICK_SECONDS, rest if rest > _MIN_REST_SECONDS else 0.0)
 
     def _differs_in_requests_only(self, pool: ServingPool, status: ServingPoolStatus) -> bool:
-        """Return True if only the number of running requests changed, and a status was written a moment ago."""
+        """Return True if only figures about requests changed, and a status was written a moment ago."""
         if time.monotonic() - self._written.get(pool.metadata.uid, float("-inf")) >= _REQUESTS_SECONDS:
             return False
         return status != pool.status and _without_requests(status) == _without_requests(pool.status)
@@ -203,7 +203,7 @@ class ServingPoolReconciler:
             self._state.forget_window(pool.metadata.uid)
             return Decision(pool.spec.replicas, f"spec.replicas is {pool.spec.replicas}"), True
         copies = {adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if needs_slots(adapter)}
-        floor, why = pods_for_copies(copies, pool.spec.engine.max_loras)
+        floor, why = pods_for_copies(copies, pool.spec.engine.adapter_capacity)
         models = [*copies, pool.model]
         window = self._state.window(pool.metadata.uid, models, rule.scale_down_delay_seconds, floor)
         return decide_pods(window, pool.status.desired_replicas, rule, why), loaded_pods(window, rule) > 1
@@ -314,7 +314,7 @@ def _without_requests(status: ServingPoolStatus) -> ServingPoolStatus:
         condition.model_copy(update={"message": _NUMBER_OF_REQUESTS.sub("", condition.message)})
         for condition in status.conditions
     ]
-    return status.model_copy(update={"conditions": conditions})
+    return status.model_copy(update={"conditions": conditions, "active_adapters": None, "pods": []})
 
 
 def _keys_of_adapter(adapter: Object) -> Iterable[Key]:
