@@ -135,23 +135,23 @@ def test_the_reason_names_the_missing_demand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("copies", "slots", "expected"),
+    ("copies", "capacity", "expected"),
     [
         ({}, 4, (0, "")),
         ({"t/a": 1, "t/b": 2}, 4, (2, "t/b needs 2 copies, each on a separate pod")),
-        ({"t/a": 2, "t/b": 2, "t/c": 1}, 2, (3, "5 copies of adapters, 2 slots per pod")),
+        ({"t/a": 2, "t/b": 2, "t/c": 1}, 2, (3, "5 copies of adapters, 2 per pod")),
         ({"t/a": 1}, 1, (1, "t/a needs 1 copy, each on a separate pod")),
     ],
 )
-def test_pods_for_copies(copies: dict[str, int], slots: int, expected: tuple[int, str]) -> None:
-    assert pods_for_copies(copies, slots) == expected
+def test_pods_for_copies(copies: dict[str, int], capacity: int, expected: tuple[int, str]) -> None:
+    assert pods_for_copies(copies, capacity) == expected
 
 
 def pool_once(samples: list[Sample], current: int | None, reason: str = "") -> Decision:
     window = Window()
     for sample in samples:
         window.add(sample, POOL.scale_down_delay_seconds)
-    return decide_pods(window, current, POOL, reason)
+    return decide_pods(window, current, POOL, reason, slots=4)
 
 
 def test_a_pool_grows_for_copies_for_load_and_up_to_its_limit() -> None:
@@ -178,4 +178,20 @@ def test_a_pool_keeps_its_pods_for_the_delay_after_copies_left() -> None:
 def test_loaded_pods_follow_the_demand_of_the_last_seconds() -> None:
     window = Window()
     window.add(Sample(0.0, 17), 60)
-    assert loaded_pods(window, POOL) == 2
+    assert loaded_pods(window, POOL, slots=4) == 2
+
+
+def test_a_pool_grows_for_active_adapters_that_wait_for_slots() -> None:
+    assert pool_once([Sample(0.0, 9, active=9)], 1) == Decision(3, "9 active adapters, 4 per pod: 3 pods")
+    assert pool_once([Sample(0.0, 40, active=9)], 1).reason == "40 requests running or waiting, 16 per pod: 3 pods"
+    assert pool_once([Sample(0.0, 4, active=4)], 1).replicas == 1
+    window = Window()
+    window.add(Sample(0.0, 5, active=5), 60)
+    assert loaded_pods(window, POOL, slots=4) == 2
+
+
+def test_a_pool_keeps_its_pods_for_the_delay_after_adapters_were_active() -> None:
+    before = [Sample(float(second), 8, active=8) for second in range(100)]
+    assert pool_once([*before, Sample(100.0, 1, active=1)], 3) == Decision(
+        2, "at most 8 active adapters in the last 60 s, 4 per pod: 2 pods"
+    )

@@ -30,8 +30,8 @@ def test_gateways_are_summed(tracker: DemandTracker) -> None:
     tracker.expect(GATEWAYS, 0.0)
     tracker.record("g1", line(a=(1, 2)), 0.0)
     tracker.record("g2", line(a=(4, 0), b=(1, 0)), 0.0)
-    assert tracker.read(["t/a"], 1.0) == Demand(7, complete=True)
-    assert tracker.read(["t/a", "t/b", "t/nobody"], 1.0) == Demand(8, complete=True)
+    assert tracker.read(["t/a"], 1.0) == Demand(7, complete=True, active=1)
+    assert tracker.read(["t/a", "t/b", "t/nobody"], 1.0) == Demand(8, complete=True, active=2)
     assert tracker.unknown_reason(1.0) is None
 
 
@@ -46,7 +46,7 @@ def test_without_a_gateway_demand_is_unknown(tracker: DemandTracker) -> None:
 def test_demand_is_incomplete_until_every_gateway_reported(tracker: DemandTracker) -> None:
     tracker.expect(GATEWAYS, 0.0)
     tracker.record("g1", line(a=(1, 0)), 0.0)
-    assert tracker.read(["t/a"], 0.0) == Demand(1, complete=False)
+    assert tracker.read(["t/a"], 0.0) == Demand(1, complete=False, active=1)
     assert tracker.unknown_reason(9.0) is None
     tracker.record("g1", line(a=(1, 0)), 10.0)
     assert tracker.unknown_reason(10.1) == "gateway two does not report its requests on port 8081"
@@ -69,7 +69,7 @@ def test_a_deleted_gateway_is_ignored(tracker: DemandTracker) -> None:
     tracker.record("g2", line(a=(5, 0)), 0.0)
     tracker.expect({"g1": "gateway one"}, 0.0)
     tracker.record("g2", line(a=(5, 0)), 0.0)
-    assert tracker.read(["t/a"], 0.0) == Demand(1, complete=True)
+    assert tracker.read(["t/a"], 0.0) == Demand(1, complete=True, active=1)
 
 
 def test_the_first_requests_of_a_model_are_notified(tracker: DemandTracker, first_requests: list[str]) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
-from tunesmith.gateway.routing import LOAD_FACTOR, choose, rank
+from tunesmith.gateway.routing import LOAD_FACTOR, PodLoad, choose, rank
 
 PODS = tuple(f"pod-{number}" for number in range(8))
 
@@ -46,12 +48,59 @@ def test_models_spread_over_the_pods() -> None:
     ],
 )
 def test_the_first_pod_within_the_bound_is_chosen(loads: list[int], chosen: int) -> None:
-    assert choose(loads) == chosen
+    assert choose([PodLoad(load) for load in loads]) == chosen
 
 
 def test_load_stays_within_the_bound_and_uses_every_pod() -> None:
     loads = [0, 0, 0, 0]
     for _ in range(96):
-        loads[choose(loads)] += 1
+        loads[choose([PodLoad(load) for load in loads])] += 1
     assert min(loads) > 0
     assert max(loads) <= LOAD_FACTOR * 96 / 4 + 1
+
+
+IDLE, FREE, FULL = (
+    {"active": False, "excess": -7},
+    {"active": False, "excess": 0},
+    {"active": False, "excess": 1},
+)
+ACTIVE = {"active": True, "excess": 0}
+
+
+@pytest.mark.parametrize(
+    ("pods", "chosen"),
+    [
+        pytest.param([(0, FREE), (1, ACTIVE)], 1, id="where the adapter is active"),
+        pytest.param([(0, FULL), (1, FREE)], 1, id="where a slot is free"),
+        pytest.param([(0, IDLE), (0, FREE)], 0, id="in the order of the adapter"),
+        pytest.param([(5, ACTIVE), (0, FREE)], 1, id="to a free slot when the load requires it"),
+        pytest.param([(5, ACTIVE), (0, FULL)], 0, id="to no full pod, whatever the load"),
+        pytest.param([(9, FREE), (0, FULL)], 0, id="to a free slot, whatever the load"),
+        pytest.param([(9, ACTIVE), (4, ACTIVE), (0, FULL)], 1, id="to the least loaded one where it is active"),
+        pytest.param([(0, {"active": False, "excess": 3}), (5, FULL)], 1, id="to the one with fewest active adapters"),
+        pytest.param([(5, FULL), (0, FULL)], 1, id="to the least loaded of these"),
+    ],
+)
+def test_slots_come_before_loads(pods: list[tuple[int, dict[str, Any]]], chosen: int) -> None:
+    assert choose([PodLoad(running, **more) for running, more in pods]) == chosen
+
+
+def test_no_pod_has_more_active_adapters_than_slots_while_another_has_room() -> None:
+    chance, slots = random.Random(1), 4  # noqa: S311
+    active: list[Counter[str]] = [Counter() for _ in range(3)]
+    running: list[tuple[int, str]] = []
+    for _ in range(3000):
+        model = f"team/m{chance.randrange(11)}@1"
+        order = rank(model, range(3), str)
+        loads = [
+            PodLoad(sum(active[pod].values()), len(active[pod].keys() | {model}) - slots, model in active[pod])
+            for pod in order
+        ]
+        pod = order[choose(loads)]
+        if model not in active[pod] and len(active[pod]) >= slots:
+            assert all(len(other) >= slots for other in active)
+        active[pod][model] += 1
+        running.append((pod, model))
+        if len(running) > 20:
+            pod, model = running.pop(chance.randrange(len(running)))
+            active[pod] -= Counter([model])

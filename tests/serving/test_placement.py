@@ -61,7 +61,12 @@ def test_place(want: str, there: list[str], slots: int, expected: str) -> None:
             4,
             "the pool has 2 pods and two copies never share one: raise its replicas or lower the copies",
         ),
-        ("a1 b1", ["a"], 1, "all 1 slots of the pool's 1 pod are in use: raise its replicas or engine.maxAdapters"),
+        (
+            "a1 b1",
+            ["a"],
+            1,
+            "the pool's 1 pod has room for 1 adapter, and none is left: raise its replicas or engine.maxAdapters",
+        ),
         ("a1", [], 1, "the pool has no pod yet"),
     ],
 )
@@ -142,11 +147,11 @@ def test_victims_are_not_ready_then_emptiest_then_youngest() -> None:
 
 
 def _settle(
-    want: list[DesiredRevision], crew: list[PlacementPod], slots: int, *, spread: bool
+    want: list[DesiredRevision], crew: list[PlacementPod], capacity: int, *, spread: bool, slots: int | None = None
 ) -> tuple[Placement, list[PlacementPod]]:
     """Let the agents load what they are told to, until nothing changes."""
     for _ in range(12):
-        result = place(want, crew, slots, spread=spread)
+        result = place(want, crew, capacity, slots=slots, spread=spread)
         for item in want:
             holders = [name for name, keys in result.pods.items() if item.revision in keys]
             assert len(result.targets[item.revision]) <= min(item.copies, len(crew))
@@ -155,7 +160,7 @@ def _settle(
             still = [name for name in before if item.revision in result.pods[name]]
             if before and result.unplaced_reason(item.revision) is None:
                 assert still, "a revision that answered does not vanish while it has a place"
-        assert all(len(keys) <= slots for keys in result.pods.values())
+        assert all(len(keys) <= capacity for keys in result.pods.values())
         after = [
             replace(pod, present=frozenset(result.pods[pod.name]), resident=frozenset(result.pods[pod.name]))
             for pod in crew
@@ -207,3 +212,49 @@ def test_a_copy_is_kept_until_gateways_reach_its_replacement() -> None:
 def test_a_leaving_pod_gets_new_revisions_while_no_other_pod_is_ready() -> None:
     old, new = PlacementPod("old", ready=True, victim=True), PlacementPod("new", ready=False)
     assert place([DesiredRevision("a", 1)], [old, new], 2).pods["old"] == ("a",)
+
+
+def busy(text: str, *names: str) -> list[DesiredRevision]:
+    return [replace(item, busy=item.revision in names) for item in wanted(text)]
+
+
+@pytest.mark.parametrize(
+    ("names", "there", "expected"),
+    [
+        pytest.param("ab", ["abc", "def"], "abc def", id="as many as slots stay"),
+        pytest.param("abd", ["abc", "def"], "abc def", id="another pod's are its own"),
+        pytest.param("abcde", ["abc", "def"], "abc def", id="no move to a pod without a free slot"),
+    ],
+)
+def test_busy_revisions_stay(names: str, there: list[str], expected: str) -> None:
+    assert shown(place(busy("a1 b1 c1 d1 e1 f1", *names), pods(*there), 8, slots=2)) == expected
+
+
+def test_a_busy_revision_moves_to_a_pod_with_a_free_slot_once_it_is_loaded_there() -> None:
+    want = busy("a1 b1 c1 d1", *"abc")
+    first = place(want, pods("abc", "d"), 8, slots=2)
+    (moved,) = [name for name, targets in first.targets.items() if name != "d" and targets == {"p1"}]
+    assert first.pods["p0"] == ("a", "b", "c"), "it stays until it is loaded"
+    assert set(first.pods["p1"]) == {moved, "d"}
+    begun = pods("abc", f"d({moved})")
+    assert place(want, begun, 8, slots=2).pods == first.pods, "the same move continues"
+    settled, crew = _settle(want, pods("abc", "d"), 8, spread=False, slots=2)
+    assert "".join(settled.pods["p0"]) == "abc".replace(moved, "")
+    assert place(wanted("a1 b1 c1 d1"), crew, 8, slots=2).pods == settled.pods, "nothing moves back"
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_pod_has_more_busy_revisions_than_slots_while_another_has_room(seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - a test's own randomness
+    count, capacity, slots, spread = (chance.randint(2, 4), chance.randint(4, 8), chance.randint(1, 3), seed % 2 == 0)
+    crew = [PlacementPod(f"p{rank}", ready=True, age_rank=rank) for rank in range(count)]
+    letters = "abcdefghijklmnop"[: chance.randint(1, count * capacity)]
+    for _ in range(4):
+        names = {letter for letter in letters if chance.random() < 0.5}
+        want = busy(" ".join(f"{letter}1" for letter in letters), *names)
+        result, crew = _settle(want, crew, capacity, spread=spread, slots=slots)
+        active = {pod: len(names & set(keys)) for pod, keys in result.pods.items()}
+        room = [pod for pod, keys in result.pods.items() if active[pod] < slots and len(keys) < capacity]
+        assert not room or max(active.values()) <= slots
+        again, _ = _settle(want, crew, capacity, spread=spread, slots=slots)
+        assert again.pods == result.pods

@@ -20,12 +20,13 @@ _REPORT_SILENCE_SECONDS = 10.0
 class Demand:
     """Requests running and waiting for some models at one moment.
 
-    `complete`: True if every gateway reported. Otherwise the figure is a lower bound: it may raise a size but never
-    lower one.
+    `active`: number of models with requests. `complete`: True if every gateway reported. Otherwise the figures are
+    lower bounds: they may raise a size but never lower one.
     """
 
     requests: int = 0
     complete: bool = False
+    active: int = 0
 
 
 @dataclass
@@ -89,7 +90,8 @@ class DemandTracker:
             if gateway.counts is not None and now - gateway.last_report_at <= self._silence
         ]
         complete = bool(fresh) and len(fresh) == len(self._gateways)
-        return Demand(sum(counts.get(model, 0) for model in models for counts in fresh), complete)
+        by_model = [sum(counts.get(model, 0) for counts in fresh) for model in models]
+        return Demand(sum(by_model), complete, sum(1 for count in by_model if count))
 
     def unknown_reason(self, now: float) -> str | None:
         """Return a sentence on why demand is not completely known; None if it is, or was until a moment ago."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from yarl import URL
@@ -18,7 +19,7 @@ from tunesmith.contracts.agent import (
 )
 from tunesmith.contracts.podevents import EventReader
 from tunesmith.gateway.broadcast import Broadcast
-from tunesmith.gateway.routing import choose, rank
+from tunesmith.gateway.routing import PodLoad, choose, rank
 from tunesmith.streams import Stream, Tokens, follow
 
 if TYPE_CHECKING:
@@ -37,12 +38,16 @@ SUSPECT_SECONDS = 1.0
 
 
 class Backend:
-    """A pool's pod, the models it holds and the number of sequences that it is generating for this gateway."""
+    """A pool's pod, the models it holds and the sequences that it is generating for this gateway."""
 
     def __init__(self, pod: Pod, keys: Callable[[], Keys], engine_port: int, agent_port: int) -> None:
         host = url_host(pod.address)
         self.pod = pod
         self.in_flight = 0
+        self._running: Counter[str] = Counter()
+        self._reported: set[str] = set()
+        self._ended: set[str] = set()
+        self._slots: int | None = None
         self.suspect_until = 0.0
         self.last_report_at = float("-inf")
         self.serving = False
@@ -52,6 +57,23 @@ class Backend:
         events_tokens = Tokens(keys, lambda current: pod_tokens(events_keys(current, *pool), pod.uid))
         self.events = Stream(f"pod {pod.name}", f"http://{host}:{agent_port}/v1/events", events_tokens)
         self._engine_url = URL(f"http://{host}:{engine_port}/")
+
+    def add_running(self, engine_name: str, count: int) -> None:
+        """Change the number of sequences that the pod is generating for this gateway."""
+        self.in_flight += count
+        self._running[engine_name] += count
+        if not self._running[engine_name]:
+            del self._running[engine_name]
+            # The next report may be older.
+            self._ended.add(engine_name)
+            self._reported.discard(engine_name)
+
+    def load(self, engine_name: str, *, is_base: bool) -> PodLoad:
+        """Return the load for the choice of a pod. An adapter is active if this or another gateway uses it."""
+        if is_base or self._slots is None:
+            return PodLoad(self.in_flight)
+        active = self._running.keys() | self._reported
+        return PodLoad(self.in_flight, len(active | {engine_name}) - self._slots, engine_name in active)
 
     def url(self, path: str) -> URL:
         """Return the engine's URL for a path that starts with a slash."""
@@ -67,6 +89,9 @@ class Backend:
         serving = header.engine_ready and not (header.draining or header.problem or header.stalled)
         changed = now - self.last_report_at > STALE_AFTER_SECONDS or serving != self.serving
         self.last_report_at, self.serving = now, serving
+        if change.header:
+            self._slots, self._reported = header.use.slots, set(header.use.active) - self._ended
+            self._ended.clear()
         moved = set()
         for name in change.names:
             residency = reader.residency(name)
@@ -183,7 +208,7 @@ class BackendTable:
         trusted = [backend for backend in usable if backend.suspect_until <= now] or usable
         if not trusted:
             return None
-        return trusted[choose([backend.in_flight for backend in trusted], weight)]
+        return trusted[choose([backend.load(engine_name, is_base=is_base) for backend in trusted], weight)]
 
     def suspect(self, backend: Backend) -> None:
         """Record that the pod did not accept a connection: it is tried last for `SUSPECT_SECONDS`."""

@@ -78,7 +78,7 @@ class Forwarder:
             ClientDisconnectedError: the client closed its connection.
         """
         call.started = True
-        backend.in_flight += call.body.sequences
+        backend.add_running(engine_name, call.body.sequences)
         self._demand.add_running(call.model.id, call.body.sequences)
         upstream: aiohttp.ClientResponse | None = None
         try:
@@ -102,7 +102,7 @@ class Forwarder:
             LOG.error("request %s: pod %s answered as another model", call.request_id, backend.pod.name)  # noqa: TRY400
             raise errors.wrong_model(call.model.id) from None
         finally:
-            backend.in_flight -= call.body.sequences
+            backend.add_running(engine_name, -call.body.sequences)
             self._demand.add_running(call.model.id, -call.body.sequences)
             if upstream is not None:
                 # Closing the connection before the end of the answer stops the engine's generation.

@@ -1,15 +1,18 @@
-"""Choice of the pod for a request: consistent hashing with bounded loads. Pure.
+"""Choice of the pod for a request: few active adapters per pod first, bounded loads second. Pure.
 
-Rendezvous hashing (Thaler, Ravishankar 1998) orders the pods that hold a model; the first one whose load stays within
-`LOAD_FACTOR` times the mean gets the request (consistent hashing with bounded loads, arXiv:1608.01350). So a model's
-requests reach a warm prefix cache while there is room, and spread over all its pods otherwise.
+Rendezvous hashing (Thaler, Ravishankar 1998) orders the pods that hold a model, so that a model's requests reach a warm
+prefix cache. An engine computes as many adapters at a time as it has slots; requests of further ones wait. A request
+therefore goes to a pod where its adapter is active, or that has a free slot; among these, to the first one whose load
+stays within `LOAD_FACTOR` times the mean (consistent hashing with bounded loads, arXiv:1608.01350). An adapter becomes
+active on another pod only when the load requires it and a slot is free there, so that busy adapters do not take all
+slots of all pods.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,15 +31,36 @@ def rank(model: str, pods: Iterable[T], identity: Callable[[T], str]) -> tuple[T
     return tuple(sorted(pods, key=weight))
 
 
-def choose(loads: Sequence[int], weight: int = 1) -> int:
+class PodLoad(NamedTuple):
+    """Load of a pod.
+
+    Attributes:
+        running: running sequences.
+        excess: number of active adapters, with the model of the request, above the number of slots; at most 0 if it has
+            a slot for each.
+        active: True if the model of the request is active on it, or needs no slot.
+    """
+
+    running: int
+    excess: int = 0
+    active: bool = True
+
+
+def choose(pods: Sequence[PodLoad], weight: int = 1) -> int:
     """Return the index of the pod that gets the request.
 
     Args:
-        loads: running sequences per pod, in the model's order; not empty.
+        pods: loads in the model's order; not empty.
         weight: sequences of the request.
     """
-    bound = math.ceil(LOAD_FACTOR * (sum(loads) + weight) / len(loads))
-    for index, load in enumerate(loads):
-        if load + weight <= bound:
-            return index
-    return min(range(len(loads)), key=loads.__getitem__)
+    bound = math.ceil(LOAD_FACTOR * (sum(pod.running for pod in pods) + weight) / len(pods))
+
+    def preference(index: int) -> tuple[int, int, int]:
+        pod = pods[index]
+        if not (pod.active or pod.excess <= 0):
+            return 3, pod.excess, pod.running
+        if pod.running + weight > bound:
+            return 2, pod.running, 0
+        return (0 if pod.active else 1), 0, 0
+
+    return min(range(len(pods)), key=preference)

@@ -1,14 +1,16 @@
 """Placement of revisions on the pods of a pool.
 
-Stable: a revision stays where it is unless its pod leaves, its number of copies decreases, or `spread` asks for even
-pods. Nothing is removed from a pod before its replacement is resident (make before break), as far as slots allow. Ties
-are broken by rendezvous hashing, so two runs with the same input agree.
+Stable: a revision stays where it is unless its pod leaves, its number of copies decreases, `spread` asks for even pods,
+or its pod has more busy revisions than slots while another has room. Nothing is removed from a pod before its
+replacement is resident (make before break), as far as there is room. Ties are broken by rendezvous hashing, so two runs
+with the same input agree.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,13 +21,14 @@ if TYPE_CHECKING:
 class DesiredRevision:
     """A revision and the number of pods that should hold it.
 
-    `best_effort`: True if it could not be loaded. It is retried if a slot is free, and never takes one from another
-    revision.
+    `best_effort`: True if it could not be loaded. It is retried if there is room, which it never takes from another
+    revision. `busy`: True if it is active much of the time.
     """
 
     revision: str
     copies: int
     best_effort: bool = False
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class PlacementPod:
 
 @dataclass(frozen=True)
 class Unplaced:
-    """Copies of a revision for which there is no slot, with the reason as a sentence."""
+    """Copies of a revision for which there is no room, with the reason as a sentence."""
 
     revision: str
     copies: int
@@ -62,8 +65,8 @@ class Placement:
     """The complete assignment of revisions to pods.
 
     `pods`: sorted revisions by pod; every pod has an entry. `targets`: the final pods of each revision; its other
-    holders in `pods` keep it until it is resident on these. `unplaced`: copies without a slot.
-    `best_effort`: revisions that only get slots that are otherwise free.
+    holders in `pods` keep it until it is resident on these. `unplaced`: copies without room.
+    `best_effort`: revisions that only get room that is otherwise free.
     """
 
     pods: Mapping[str, tuple[str, ...]]
@@ -72,14 +75,15 @@ class Placement:
     best_effort: frozenset[str] = frozenset()
 
     def unplaced_reason(self, revision: str) -> str | None:
-        """Return the reason why copies of the revision have no slot; None if all have one."""
+        """Return the reason why there is no room for copies of the revision; None if there is."""
         return next((entry.reason for entry in self.unplaced if entry.revision == revision), None)
 
 
 @dataclass
 class _Assignment:
-    slots: int
+    capacity: int
     pods: list[PlacementPod]
+    busy: frozenset[str] = frozenset()
     targets: dict[str, set[str]] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
     reserved: dict[str, int] = field(default_factory=dict)
@@ -91,24 +95,42 @@ class _Assignment:
         if revision in pod.present:
             self.reserved[pod.name] -= 1
 
-    def pods_with_slot_for(self, revision: str) -> list[PlacementPod]:
-        return [pod for pod in self.pods if pod.name not in self.targets[revision] and self.load[pod.name] < self.slots]
+    def pods_with_room_for(self, revision: str) -> list[PlacementPod]:
+        return [
+            pod for pod in self.pods if pod.name not in self.targets[revision] and self.load[pod.name] < self.capacity
+        ]
+
+    def busy_on(self, pod: PlacementPod) -> int:
+        return sum(1 for revision in self.busy if pod.name in self.targets[revision])
+
+    def move(self, revision: str, high: PlacementPod, low: PlacementPod) -> None:
+        self.targets[revision].remove(high.name)
+        self.targets[revision].add(low.name)
+        self.load[high.name] -= 1
+        self.load[low.name] += 1
 
 
 def place(
-    desired: Sequence[DesiredRevision], pods: Iterable[PlacementPod], slots: int, *, spread: bool = False
+    desired: Sequence[DesiredRevision],
+    pods: Iterable[PlacementPod],
+    capacity: int,
+    *,
+    slots: int | None = None,
+    spread: bool = False,
 ) -> Placement:
     """Assign revisions to pods.
 
     Args:
-        desired: revisions in order of precedence: if slots are scarce, every revision gets its first copy before any
+        desired: revisions in order of precedence: if room is scarce, every revision gets its first copy before any
             gets a second, and among equals the earlier one wins.
         pods: the pool's pods, without those that are stopping.
-        slots: number of revisions that one pod can hold.
+        capacity: number of revisions that one pod can hold.
+        slots: number of revisions that compute on one pod at the same time; None: as many as it holds.
         spread: True if revisions may move from full pods to pods that hold at least two fewer.
 
     Returns:
-        An assignment in which no pod has more than `slots` revisions or the same revision twice.
+        An assignment in which no pod has more than `capacity` revisions or the same revision twice, and no pod has more
+        than `slots` busy revisions while another one has room for one of them.
     """
     all_pods = sorted(pods, key=lambda pod: (pod.age_rank, pod.name))
     best_effort = [item for item in desired if item.best_effort]
@@ -116,26 +138,29 @@ def place(
     staying = [pod for pod in all_pods if not pod.victim]
     names = {item.revision for item in desired}
     assignment = _Assignment(
-        slots=slots,
+        capacity=capacity,
         pods=staying,
+        busy=frozenset(item.revision for item in desired if item.busy),
         targets={item.revision: set() for item in desired},
         load={pod.name: 0 for pod in staying},
         reserved={pod.name: len(pod.present & names) for pod in staying},
     )
     for copy in range(max((item.copies for item in desired), default=0)):
         requesting = [item.revision for item in desired if item.copies > copy]
-        # First keep existing copies, then assign the missing ones, so that no copy loses its slot to a new one.
+        # First keep existing copies, then assign the missing ones, so that no copy loses its place to a new one.
         missing = [revision for revision in requesting if not _keep_copy(assignment, revision)]
         for revision in missing:
             _assign_new_copy(assignment, revision)
     if spread:
         _even_out(assignment)
+    if slots is not None:
+        _spread_busy(assignment, slots)
     assigned = {
         pod.name: {revision for revision, names in assignment.targets.items() if pod.name in names} for pod in all_pods
     }
     _keep_answering(desired, all_pods, assignment, assigned)
-    _cover_unready(desired, all_pods, slots, assigned)
-    _place_best_effort(best_effort, staying, slots, assigned)
+    _cover_unready(desired, all_pods, capacity, assigned)
+    _place_best_effort(best_effort, staying, capacity, assigned)
     return Placement(
         pods={name: tuple(sorted(revisions)) for name, revisions in assigned.items()},
         targets={revision: frozenset(names) for revision, names in assignment.targets.items()},
@@ -167,7 +192,7 @@ def is_evacuated(placement: Placement, pods: Iterable[PlacementPod]) -> bool:
 
 def _keep_copy(assignment: _Assignment, revision: str) -> bool:
     """Assign the revision to a pod that already has it; return False if there is none."""
-    current = [pod for pod in assignment.pods_with_slot_for(revision) if revision in pod.present]
+    current = [pod for pod in assignment.pods_with_room_for(revision) if revision in pod.present]
     if not current:
         return False
     assignment.assign(
@@ -181,15 +206,16 @@ def _keep_copy(assignment: _Assignment, revision: str) -> bool:
 
 
 def _assign_new_copy(assignment: _Assignment, revision: str) -> None:
-    candidates = assignment.pods_with_slot_for(revision)
+    candidates = assignment.pods_with_room_for(revision)
     if not candidates:
         return
 
-    def preference(pod: PlacementPod) -> tuple[bool, bool, int, str]:
-        displaces = assignment.load[pod.name] + assignment.reserved[pod.name] >= assignment.slots
+    def preference(pod: PlacementPod) -> tuple[bool, bool, int, int, str]:
+        displaces = assignment.load[pod.name] + assignment.reserved[pod.name] >= assignment.capacity
         return (
             displaces,
             not pod.ready,
+            assignment.busy_on(pod) if revision in assignment.busy else 0,
             assignment.load[pod.name] + assignment.reserved[pod.name],
             _rendezvous(revision, pod.name),
         )
@@ -208,11 +234,41 @@ def _even_out(assignment: _Assignment) -> None:
         if assignment.load[high.name] - assignment.load[low.name] < 2 or not movable:  # noqa: PLR2004 - a difference of one cannot be evened out
             return
         # A revision that is already being loaded goes first, so that the same input always continues the same move.
-        revision = min(movable, key=lambda name: (name not in low.present, _rendezvous(name, low.name)))
-        assignment.targets[revision].remove(high.name)
-        assignment.targets[revision].add(low.name)
-        assignment.load[high.name] -= 1
-        assignment.load[low.name] += 1
+        # Busy ones go last: _spread_busy places them.
+        revision = min(
+            movable, key=lambda name: (name not in low.present, name in assignment.busy, _rendezvous(name, low.name))
+        )
+        assignment.move(revision, high, low)
+
+
+def _spread_busy(assignment: _Assignment, slots: int) -> None:
+    """Move busy revisions from pods with more of them than slots to pods with room for one more."""
+    counts = {pod.name: assignment.busy_on(pod) for pod in assignment.pods}
+    ready = [pod for pod in assignment.pods if pod.ready]
+    for high in sorted(ready, key=lambda pod: (-counts[pod.name], pod.age_rank)):
+        while counts[high.name] > slots:
+            moves = [
+                (revision, low)
+                for low in ready
+                if counts[low.name] < slots and assignment.load[low.name] < assignment.capacity
+                for revision in assignment.busy
+                if high.name in assignment.targets[revision] and low.name not in assignment.targets[revision]
+            ]
+            if not moves:
+                break
+            # As in _even_out, a move that has begun goes first.
+            revision, low = min(
+                moves,
+                key=lambda move: (
+                    move[0] not in move[1].present,
+                    counts[move[1].name],
+                    move[1].age_rank,
+                    _rendezvous(move[0], move[1].name),
+                ),
+            )
+            assignment.move(revision, high, low)
+            counts[high.name] -= 1
+            counts[low.name] += 1
 
 
 def _keep_answering(
@@ -230,7 +286,9 @@ def _keep_answering(
         other_holders = [
             pod
             for pod in pods
-            if pod.name not in targets and item.revision in pod.resident and len(assigned[pod.name]) < assignment.slots
+            if pod.name not in targets
+            and item.revision in pod.resident
+            and len(assigned[pod.name]) < assignment.capacity
         ]
         other_holders.sort(key=lambda pod: (not pod.ready, pod.victim, pod.age_rank, pod.name))
         for pod in other_holders[: max(0, len(targets) - answering)]:
@@ -238,7 +296,7 @@ def _keep_answering(
 
 
 def _cover_unready(
-    desired: Sequence[DesiredRevision], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
+    desired: Sequence[DesiredRevision], pods: Sequence[PlacementPod], capacity: int, assigned: dict[str, set[str]]
 ) -> None:
     """Assign a ready pod to each revision whose pods are all unready (an engine restarts, a node is lost)."""
     # If no remaining pod is ready, for example in a failing replacement, use a pod that is to be removed.
@@ -246,18 +304,18 @@ def _cover_unready(
     for item in desired:
         if any(item.revision in assigned[pod.name] for pod in ready):
             continue
-        free = [pod for pod in ready if len(assigned[pod.name]) < slots]
+        free = [pod for pod in ready if len(assigned[pod.name]) < capacity]
         if item.copies > 0 and free:
             pod = min(free, key=lambda pod: (len(assigned[pod.name]), _rendezvous(item.revision, pod.name)))
             assigned[pod.name].add(item.revision)
 
 
 def _place_best_effort(
-    best_effort: Sequence[DesiredRevision], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
+    best_effort: Sequence[DesiredRevision], pods: Sequence[PlacementPod], capacity: int, assigned: dict[str, set[str]]
 ) -> None:
-    """Assign free slots to revisions that could not be loaded, preferably on the pods where they are."""
+    """Assign free places to revisions that could not be loaded, preferably on the pods where they are."""
     for item in best_effort:
-        free = [pod for pod in pods if len(assigned[pod.name]) < slots]
+        free = [pod for pod in pods if len(assigned[pod.name]) < capacity]
         if free:
             pod = min(
                 free,
@@ -288,13 +346,18 @@ def _unplaced(
             )
         else:
             reason = (
-                f"all {len(staying) * assignment.slots} slots of the pool's {len(staying)} "
-                f"pod{'s' * (len(staying) != 1)} are in use: "
+                f"the pool's {_count(len(staying), 'pod')} {'has' if len(staying) == 1 else 'have'} room for "
+                f"{_count(len(staying) * assignment.capacity, 'adapter')}, and none is left: "
                 "raise its replicas or engine.maxAdapters"
             )
         found.append(Unplaced(item.revision, missing, reason))
     return found
 
 
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+@lru_cache(maxsize=2**17)
 def _rendezvous(revision: str, pod: str) -> str:
     return hashlib.sha256(f"{revision}\0{pod}".encode()).hexdigest()

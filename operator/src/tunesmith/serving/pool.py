@@ -48,7 +48,8 @@ class PoolObservation:
     `invalid`: reason why the spec cannot be rendered. `refusal`: refused write of one of the pool's objects.
     `unknown_demand`: reason why the demand is not completely known, None if it is. `rollout`: the pods compared with
     the desired template. `hold`: reason why their replacement does not begin. `max_surge`: see `rolling.surge`.
-    `running`: current number of requests for the pool's models, None if unknown.
+    `running`: current number of requests for the pool's models, None if unknown. `busy`: engine names of adapters that
+    are active much of the time.
     """
 
     deployment: dict[str, Any] | None
@@ -64,6 +65,7 @@ class PoolObservation:
     hold: RolloutHold | None = None
     max_surge: int = 0
     running: int | None = None
+    busy: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -91,23 +93,26 @@ class PlacementCache:
 
     def __init__(self) -> None:
         self._adapters: Sequence[AdapterDeployment] | None = None
+        self._busy: frozenset[str] = frozenset()
         self._desired: tuple[dict[str, Revision], list[DesiredRevision]] = ({}, [])
         self._input: object = None
         self._output: tuple[Placement, frozenset[str]] = (Placement({}, {}), frozenset())
         self._assigned: Mapping[str, tuple[DesiredAdapter, ...]] = {}
 
-    def desired(self, adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[DesiredRevision]]:
+    def desired(
+        self, adapters: Sequence[AdapterDeployment], busy: frozenset[str]
+    ) -> tuple[dict[str, Revision], list[DesiredRevision]]:
         """Return the revisions by engine name, and the number of pods that each needs."""
-        if self._adapters is not adapters:
-            self._desired = _desired_revisions(adapters)
-            self._adapters = adapters
+        if self._adapters is not adapters or self._busy is not busy:
+            self._desired = _desired_revisions(adapters, busy)
+            self._adapters, self._busy = adapters, busy
         return self._desired
 
     def place(
         self, pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod]
     ) -> tuple[Placement, frozenset[str], Mapping[str, tuple[DesiredAdapter, ...]]]:
         """Return the placement, the pods to remove, and the complete list of each pod's adapters."""
-        revisions, desired = self.desired(observation.adapters)
+        revisions, desired = self.desired(observation.adapters, observation.busy)
         pods = tuple(
             (
                 pod.name,
@@ -121,7 +126,8 @@ class PlacementCache:
             )
             for pod in living
         )
-        size = (observation.decision.replicas, observation.spread, pool.spec.engine.adapter_capacity)
+        engine = pool.spec.engine
+        size = (observation.decision.replicas, observation.spread, engine.adapter_capacity, engine.max_loras)
         inputs = (pods, desired, revisions, size, observation.rollout.outdated, observation.max_surge)
         if self._input != inputs:
             self._output = _placement(pool, observation, living, desired)
@@ -173,7 +179,9 @@ def plan(
     )
 
 
-def _desired_revisions(adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[DesiredRevision]]:
+def _desired_revisions(
+    adapters: Sequence[AdapterDeployment], busy: frozenset[str]
+) -> tuple[dict[str, Revision], list[DesiredRevision]]:
     """Return the revisions by engine name, and the number of pods that each needs, in order of precedence."""
     revisions: dict[str, Revision] = {}
     desired: list[DesiredRevision] = []
@@ -182,7 +190,12 @@ def _desired_revisions(adapters: Sequence[AdapterDeployment]) -> tuple[dict[str,
             if revision.engine_name not in revisions and revision.uri is not None:
                 revisions[revision.engine_name] = revision
                 desired.append(
-                    DesiredRevision(revision.engine_name, copies, best_effort=revision.state is RevisionState.FAILED)
+                    DesiredRevision(
+                        revision.engine_name,
+                        copies,
+                        best_effort=revision.state is RevisionState.FAILED,
+                        busy=revision.engine_name in busy,
+                    )
                 )
     return revisions, desired
 
@@ -209,20 +222,20 @@ def _placement(
 
     # A draining pod is leaving, regardless of its other state.
     draining = frozenset(pod.name for pod in living if _drains(pod))
-    slots = pool.spec.engine.adapter_capacity
+    capacity, slots = pool.spec.engine.adapter_capacity, pool.spec.engine.max_loras
     candidates = pods(draining)
-    undisturbed = place(desired, candidates, slots)
+    undisturbed = place(desired, candidates, capacity)
     marked = {pod.name for pod in living if _is_marked(pod)}
     # Prefer pods that were chosen before, so that consecutive passes remove the same pods.
     counts = {name: -1 if name in marked else len(keys) for name, keys in undisturbed.pods.items()}
     staying = [pod for pod in candidates if not pod.victim]
     leaving = draining | victims(staying, observation.decision.replicas, counts)
-    placement = place(desired, pods(leaving), slots, spread=observation.spread)
+    placement = place(desired, pods(leaving), capacity, slots=slots, spread=observation.spread)
     next_pod = _next_to_be_replaced(observation, staying, leaving, counts)
     if next_pod is None:
         return placement, leaving
     # Without a surge pod, the next pod is emptied while the previous one's replacement starts, if others have slots.
-    with_next = place(desired, pods(leaving | {next_pod}), slots, spread=observation.spread)
+    with_next = place(desired, pods(leaving | {next_pod}), capacity, slots=slots, spread=observation.spread)
     fits = sum(entry.copies for entry in with_next.unplaced) <= sum(entry.copies for entry in placement.unplaced)
     return (with_next, leaving | {next_pod}) if fits else (placement, leaving)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tunesmith.autoscale.activity import Activity
 from tunesmith.autoscale.decide import Decision, decide_pods, loaded_pods, pods_for_copies
 from tunesmith.cluster.errors import ConflictError, NotFoundError
 from tunesmith.contracts.agent import (
@@ -74,6 +75,7 @@ class ServingPoolReconciler:
         self._executor = state.executor
         self._views: dict[str, PoolView] = {}
         self._placements: dict[str, PlacementCache] = {}
+        self._activities: dict[str, Activity] = {}
         self._rollouts = PoolRollouts(self._context)
         self._written: dict[str, float] = {}
         self._uids: dict[Key, str] = {}
@@ -124,6 +126,7 @@ class ServingPoolReconciler:
             rollout=rollout,
             hold=hold,
             running=self._running(pool, attached, rollout),
+            busy=self._busy(pool, pods),
             max_surge=surge(pool, decision.replicas, rollout, observed, has_room=has_room),
         )
         started = time.perf_counter()
@@ -193,6 +196,7 @@ class ServingPoolReconciler:
             self._executor.forget(uid)
             self._views.pop(uid, None)
             self._placements.pop(uid, None)
+            self._activities.pop(uid, None)
             self._rollouts.forget(uid)
             self._written.pop(uid, None)
 
@@ -203,10 +207,17 @@ class ServingPoolReconciler:
             self._state.forget_window(pool.metadata.uid)
             return Decision(pool.spec.replicas, f"spec.replicas is {pool.spec.replicas}"), True
         copies = {adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if needs_slots(adapter)}
+        slots = pool.spec.engine.max_loras
         floor, why = pods_for_copies(copies, pool.spec.engine.adapter_capacity)
-        models = [*copies, pool.model]
-        window = self._state.window(pool.metadata.uid, models, rule.scale_down_delay_seconds, floor)
-        return decide_pods(window, pool.status.desired_replicas, rule, why), loaded_pods(window, rule) > 1
+        window = self._state.window(pool.metadata.uid, copies, rule.scale_down_delay_seconds, floor, pool.model)
+        decision = decide_pods(window, pool.status.desired_replicas, rule, why, slots)
+        return decision, loaded_pods(window, rule, slots) > 1
+
+    def _busy(self, pool: ServingPool, pods: Sequence[PoolPod]) -> frozenset[str]:
+        """Return the adapters of a pool that are active much of the time, by the reports of its pods."""
+        activity = self._activities.setdefault(pool.metadata.uid, Activity())
+        activity.observe({name for pod in pods for name in pod.active}, time.monotonic())
+        return activity.busy
 
     async def _apply(self, pool: ServingPool, observation: PoolObservation, replicas: int) -> Refusal | None:
         """Apply each of the pool's objects, even if others are refused; return one of the refusals."""

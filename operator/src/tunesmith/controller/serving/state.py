@@ -185,13 +185,24 @@ class ServingState:
                 return False
         return True
 
-    def window(self, uid: str, models: Iterable[str], keep_seconds: float, floor: int = 0) -> Window:
-        """Return the window of an autoscaled resource, updated with the current demand."""
+    def window(
+        self, uid: str, models: Iterable[str], keep_seconds: float, floor: int = 0, base: str | None = None
+    ) -> Window:
+        """Return the window of an autoscaled resource, updated with the current demand.
+
+        Args:
+            uid: UID of the resource.
+            models: global ids of its adapters.
+            keep_seconds: see `Window.add`.
+            floor: size that is needed at any load.
+            base: global id of a pool's base model, which needs no adapter slot.
+        """
         now = time.monotonic()
         last, window = self._windows.get(uid, (float("-inf"), Window()))
         if now - last >= _SAMPLE_SECONDS:
             demand = self.demand.read(models, now)
-            window.add(Sample(now, demand.requests, complete=demand.complete, floor=floor), keep_seconds)
+            requests = demand.requests + (self.demand.read([base], now).requests if base is not None else 0)
+            window.add(Sample(now, requests, demand.complete, floor, demand.active), keep_seconds)
             self._windows[uid] = (now, window)
         return window
 
