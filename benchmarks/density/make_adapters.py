@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from prompt import PROMPT, TOKENS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -24,9 +25,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 VOCABULARY = 2048
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 256, 4, 4, 512
 RANK = 8
-PROMPT = [11, 503, 1207, 64, 907, 330, 1999, 1024, 77, 18, 640, 1500]
-TOKENS = 8
-"""Number of tokens of a marker."""
 MARGIN = 0.05
 """Smallest difference between the logits of the best and the second token."""
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -182,6 +182,15 @@ REFUSED_POOLS = {
         )
         for words in (["foo"], [""], ["--seed=1", "foo"], ["--max-num-seqs 8"], ["--seed=1", "--a\tb"])
     },
+    "fewer adapters than slots": (
+        {"engine": {"maxLoras": 8, "maxAdapters": 4}},
+        "engine.maxAdapters must not be below engine.maxLoras",
+    ),
+    "more adapters than an agent accepts": ({"engine": {"maxAdapters": 1025}}, "should be less than or equal to 1024"),
+    "more memory for adapters than the pod has": (
+        {"engine": {"adapterMemory": "8Gi"}, "resources": {"memory": "8Gi"}},
+        "engine.adapterMemory must be below resources.memory",
+    ),
     "a short form": ({"engine": {"args": ["-tp=2"]}}, "engine.args must not contain short forms: write the long name"),
     "a variable that the pool sets": (
         {"engine": {"env": [{"name": "PYTHONPATH", "value": "/mine"}]}},
@@ -224,7 +233,8 @@ def test_pool_keeps_its_base_and_its_name(apiserver: ApiServer, namespace: str) 
     assert_refused(apiserver, pool(namespace, baseModel__uri="s3://models/other"), sentence)
     sentence = "modelName is immutable, because clients use it: create another ServingPool"
     assert_refused(apiserver, pool(namespace, modelName="other"), sentence)
-    apiserver.apply(pool(namespace, replicas=2, engine={"maxLoras": 4}, drainSeconds=10))
+    engine = {"maxLoras": 4, "maxAdapters": 512, "adapterMemory": "2Gi"}
+    apiserver.apply(pool(namespace, replicas=2, engine=engine, drainSeconds=10))
 
 
 def test_free_arguments_and_variables_are_taken(apiserver: ApiServer, namespace: str) -> None:
@@ -346,7 +356,7 @@ STATUSES = {
         {"name": "a-2", "outcome": "Succeeded", "node": "node-2"}]}}"""
     % ("a" * 64),
     "spool": """{"status": {"phase": "Available", "reason": "ContainerConfigError",
-        "readyReplicas": 10, "desiredReplicas": 12, "ready": "10/12", "activeAdapters": 123456}}""",
+        "readyReplicas": 10, "desiredReplicas": 12, "ready": "10/12", "activeAdapters": 1234}}""",
     "adep": """{"status": {"phase": "Waiting", "reason": "FineTuneJobNotFound",
         "readyReplicas": 10, "desiredReplicas": 12,
         "pool": {"name": "a-pool-of-20-letters"}}}""",
@@ -357,7 +367,7 @@ STATUSES = {
     ("build", "short", "shown"),
     [
         (job, "ftj", ["Validating", "StoreUnavailable", "12345", "12.3456"]),
-        (pool, "spool", ["Available", "ContainerConfigError", "10/12", "123456"]),
+        (pool, "spool", ["Available", "ContainerConfigError", "10/12", "1234"]),
         (adapter, "adep", ["Waiting", "FineTuneJobNotFound", "10", "12"]),
     ],
     ids=["ftj", "spool", "adep"],

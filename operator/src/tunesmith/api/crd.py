@@ -98,7 +98,7 @@ KINDS = (
             _PHASE,
             _REASON,
             Column("Ready", "string", ".status.ready", "Ready and desired pods."),
-            Column("Active", "integer", ".status.activeAdapters", "Adapters with requests in the engines."),
+            Column("Used", "integer", ".status.activeAdapters", "Adapters with requests in the engines."),
             _AGE,
             Column("Slots", "integer", ".status.adapterSlots", "Adapters that compute at the same time.", wide=True),
             Column("Adapters", "integer", ".status.registeredAdapters", "Adapters on the pods.", wide=True),

@@ -11,7 +11,7 @@ from tunesmith.api import engine_arguments
 from tunesmith.api.conditions import Condition
 from tunesmith.api.finetunejob import BaseModelSource
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, StatusModel, StringPattern
-from tunesmith.api.placement import Resources, Scheduling
+from tunesmith.api.placement import Resources, Scheduling, quantity_value
 from tunesmith.api.selector import LabelSelector
 
 if TYPE_CHECKING:
@@ -251,6 +251,15 @@ class ServingPoolSpec(ApiModel):
             "modelName is immutable, because clients use it: create another ServingPool",
         ),
         replicas_or_autoscaling,
+        Rule(
+            "!has(self.engine.adapterMemory) || !isQuantity(string(self.resources.memory)) || "
+            "quantity(self.engine.adapterMemory).compareTo(quantity(string(self.resources.memory))) < 0",
+            "engine.adapterMemory must be below resources.memory, of which it is a part",
+            lambda self: (
+                self.engine.adapter_memory is None
+                or quantity_value(self.engine.adapter_memory) < quantity_value(self.resources.memory)
+            ),
+        ),
     )
 
     model_name: ModelName = Field(description="Model name of the base model in clients' requests.")
