@@ -79,6 +79,19 @@ async def test_an_adapter_keeps_its_slot_for_a_turn_only_while_others_wait() -> 
     assert again.done()
 
 
+async def test_as_many_adapters_release_their_slots_as_others_wait() -> None:
+    clock = Clock()
+    slots = Slots(3, clock)
+    for name in "abc":
+        assert slots.start(name)
+        clock.now += 1
+    clock.now += TURN_SECONDS
+    await waiting(slots, "d")
+    assert [slots.start(name) for name in "abc"] == [False, True, True]
+    await waiting(slots, "e")
+    assert [slots.start(name) for name in "abc"] == [False, False, True]
+
+
 async def test_an_adapter_within_its_turn_admits_requests_while_others_wait() -> None:
     clock = Clock()
     slots = Slots(1, clock)

@@ -45,8 +45,9 @@ class Slots:
     """Admission of requests, so that at most `count` adapters have running requests.
 
     An adapter that has a slot keeps it while it has running requests. Requests of an adapter without a slot wait, and
-    are admitted together when it gets one; adapters get slots in the order in which their first requests arrived. After
-    `TURN_SECONDS`, new requests of an adapter wait too if other adapters are waiting, so that no adapter starves.
+    are admitted together when it gets one; adapters get slots in the order in which their first requests arrived. So that
+    none starves, the adapters that have had a slot the longest, and for `TURN_SECONDS`, release it: their new requests
+    wait too. As many do so as adapters wait for a slot.
 
     Args:
         count: number of slots; None: unlimited.
@@ -83,8 +84,7 @@ class Slots:
         elif first or not self._queue:
             may_start = has_slot or len(self._running) < self.count
         else:
-            turn_ended = self._clock() - self._since.get(adapter, 0.0) >= TURN_SECONDS
-            may_start = has_slot and not turn_ended and adapter not in self._queue
+            may_start = has_slot and adapter not in self._queue and not self._releases(adapter)
         if may_start:
             self._add(adapter)
         return may_start
@@ -115,6 +115,13 @@ class Slots:
         if not self._running[adapter]:
             del self._running[adapter], self._since[adapter]
             self._admit()
+
+    def _releases(self, adapter: str) -> bool:
+        """Return True if an adapter with a slot must release it."""
+        if self._clock() - self._since[adapter] < TURN_SECONDS:
+            return False
+        waiting = sum(1 for other in self._queue if other not in self._running)
+        return adapter in sorted(self._since, key=self._since.__getitem__)[:waiting]
 
     def _add(self, adapter: str) -> None:
         self._since.setdefault(adapter, self._clock())
