@@ -45,9 +45,9 @@ class Slots:
     """Admission of requests, so that at most `count` adapters have running requests.
 
     An adapter that has a slot keeps it while it has running requests. Requests of an adapter without a slot wait, and
-    are admitted together when it gets one; adapters get slots in the order in which their first requests arrived. So that
-    none starves, the adapters that have had a slot the longest, and for `TURN_SECONDS`, release it: their new requests
-    wait too. As many do so as adapters wait for a slot.
+    are admitted together when it gets one; adapters get slots in the order in which their first requests arrived. So
+    that none starves, the adapters that have had a slot the longest, and for `TURN_SECONDS`, release it: their new
+    requests wait too. As many do so as adapters wait for a slot.
 
     Args:
         count: number of slots; None: unlimited.
