@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.cli.artifact_folder import publish
 from tunesmith.cli.artifact import fetch_artifact
 from tunesmith.cli.data import _files, _targets
 from tunesmith.cli.errors import CliError
 from tunesmith.cli.location import open_at
 from tunesmith.cli.main import app
-from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.storage.credentials import Credentials, Origin
 from tunesmith.storage.folder import ONE_TRY, Access, Folder, Retry, open_folder
 
@@ -21,27 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
-
-
-def publish(folder: Path, files: dict[str, bytes]) -> str:
-    manifest = ArtifactManifest(
-        files={
-            name: ArtifactFile(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
-            for name, data in files.items()
-        },
-        base=ArtifactBase(fingerprint="sha256:f", uri="s3://models/base"),
-        adapter=ArtifactAdapter(method="lora", rank=8, target_modules=["q_proj"]),
-        dataset_digest="sha256:d",
-        hyperparameters={},
-        versions={},
-        servable={"vllm": True},
-    ).to_bytes()
-    folder.mkdir()
-    (folder / "tunesmith.json").write_bytes(manifest)
-    for name, data in files.items():
-        if name not in {"tunesmith.json", ".."} and "/" not in name:
-            (folder / name).write_bytes(data)
-    return digest_of(manifest)
 
 
 def opened(folder: Path) -> Folder:
@@ -96,6 +74,25 @@ def test_a_link_inside_the_folder_is_uploaded(tmp_path: Path) -> None:
     (tmp_path / "rows" / "a.txt").write_text("a")
     (tmp_path / "rows" / "b.txt").symlink_to("a.txt")
     assert [path.name for path in _files(tmp_path / "rows")] == ["a.txt", "b.txt"]
+
+
+def test_hidden_files_of_a_folder_are_not_uploaded_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows"
+    for name in (".git/config", ".DS_Store", "part/.a.jsonl.swp", "part/a.jsonl"):
+        (rows / name).parent.mkdir(parents=True, exist_ok=True)
+        (rows / name).write_text("{}\n")
+    (rows / ".git/link").symlink_to(tmp_path / "missing")
+    (rows / ".git/head").write_text("x")
+    assert list(_targets(rows, "s3://bucket/rows/")[1]) == ["part/a.jsonl"]
+    reported = capsys.readouterr().err
+    names = ".DS_Store, .git/config, .git/head and 1 more"
+    assert reported == f"Hidden files, which no job reads, are not uploaded: {names}.\n"
+    (rows / "part/a.jsonl").unlink()
+    with pytest.raises(CliError, match="has no files except hidden ones"):
+        _targets(rows, "s3://bucket/rows/")
+    assert list(_targets(rows / ".DS_Store", "s3://bucket/rows/")[1]) == [".DS_Store"]
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from tests.controlplane.cable import Cable
 from tests.controlplane.operatorprocess import until
@@ -86,6 +89,46 @@ async def test_an_unreachable_server_is_unavailable(apiserver: ApiServer, tmp_pa
 async def test_a_missing_kubeconfig_is_reported_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"there is no kubeconfig at .*: set KUBECONFIG to one"):
         await Cluster.connect(kubeconfig=tmp_path / "nothing")
+
+
+def kubeconfig_of(path: Path, name: str, current: str | None) -> Path:
+    """Write a kubeconfig of a cluster, whose namespace has the same name; all name their user alike."""
+    document: dict[str, Any] = {
+        "clusters": [{"name": name, "cluster": {"server": f"https://{name}.test"}}],
+        "contexts": [{"name": name, "context": {"cluster": name, "user": "me", "namespace": name}}],
+        "users": [{"name": "me", "user": {"token": f"token-of-{name}"}}],
+    }
+    path.write_text(yaml.safe_dump(document if current is None else document | {"current-context": current}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("current", "context", "expected"),
+    [
+        (("a", "b"), None, "a"),
+        ((None, "b"), None, "b"),
+        (("", "a"), None, "a"),
+        (("b", "a"), None, "b"),
+        (("a", "b"), "b", "b"),
+    ],
+)
+async def test_a_list_of_kubeconfigs_is_merged_as_kubectl_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, current: tuple[str | None, ...], context: str | None, expected: str
+) -> None:
+    files = [kubeconfig_of(tmp_path / name, name, of) for name, of in zip("ab", current, strict=True)]
+    (tmp_path / "empty").touch()
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(map(str, [tmp_path / "none", tmp_path / "empty", "", *files])))
+    monkeypatch.delenv("KUBECONTEXT", raising=False)
+    async with await Cluster.connect(context=context) as cluster:
+        assert (cluster.server, cluster.namespace) == (f"https://{expected}.test", expected)
+        assert (await cluster.connection()).token == "token-of-a"
+
+
+async def test_a_list_of_kubeconfigs_of_which_none_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = f"{tmp_path}/a{os.pathsep}{tmp_path}/b"
+    monkeypatch.setenv("KUBECONFIG", names)
+    with pytest.raises(ConfigurationError, match=f"there is no kubeconfig at {re.escape(names)}"):
+        await Cluster.connect()
 
 
 async def test_lists_of_any_length_are_complete(

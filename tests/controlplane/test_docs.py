@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
@@ -22,12 +21,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from e2e.documentation import PAGES, REPOSITORY, blocks, commands, name_of
+from tests.cli.artifact_folder import publish
 from tests.controlplane.apiserver import ApiServer, program, until
 from tests.controlplane.rights import kubeconfig_of
 from tests.trainer.s3server import S3Server
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ClusterError
-from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -167,19 +166,8 @@ class OperatorPlayer:
         metadata = job["metadata"]
         folder = f"store/{TEAM}/{metadata['name']}-{metadata['uid']}/artifact"
         weights = metadata["uid"].encode()
-        manifest = ArtifactManifest(
-            files={"adapter_model.safetensors": _file(weights)},
-            base=ArtifactBase(fingerprint="sha256:f", uri=job["spec"]["baseModel"]["uri"]),
-            adapter=ArtifactAdapter(method="lora", rank=16, target_modules=["q_proj"]),
-            dataset_digest="sha256:d",
-            hyperparameters={},
-            versions={},
-            servable={"vllm": True},
-        ).to_bytes()
-        place = self._store / folder
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "adapter_model.safetensors").write_bytes(weights)
-        (place / "tunesmith.json").write_bytes(manifest)
+        base = job["spec"]["baseModel"]["uri"]
+        digest = publish(self._store / folder, {"adapter_model.safetensors": weights}, base=base)
         return {
             "observedGeneration": metadata["generation"],
             "phase": "Complete",
@@ -191,7 +179,7 @@ class OperatorPlayer:
             "resolved": {"datasetDigest": "sha256:d", "totalSteps": 40},
             "artifact": {
                 "uri": f"s3://{BUCKET}/{folder}",
-                "digest": digest_of(manifest),
+                "digest": digest,
                 "sizeBytes": len(weights),
                 "servable": {"vllm": True},
             },
@@ -215,10 +203,6 @@ class OperatorPlayer:
             "readyReplicas": 1,
             "desiredReplicas": 1,
         }
-
-
-def _file(data: bytes) -> ArtifactFile:
-    return ArtifactFile(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
 
 
 def _condition(type_: str, reason: str) -> Object:

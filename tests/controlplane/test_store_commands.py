@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.cli.artifact_folder import publish
 from tests.controlplane.manifests import job
 from tests.trainer.s3server import S3Server
-from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,36 +69,19 @@ class Place:
 
     def publish(self, name: str, files: dict[str, bytes] | None = None, **status: Any) -> str:
         """Create a job whose artifact is in the store; return the digest."""
-        entries = {"adapter_model.safetensors": WEIGHTS} if files is None else files
-        manifest = ArtifactManifest(
-            files={
-                entry: ArtifactFile(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
-                for entry, data in entries.items()
-            },
-            base=ArtifactBase(fingerprint="sha256:f", uri="s3://models/base"),
-            adapter=ArtifactAdapter(method="lora", rank=8, target_modules=["q_proj"]),
-            dataset_digest="sha256:d",
-            hyperparameters={},
-            versions={},
-            servable={"vllm": True},
-        ).to_bytes()
         folder = self.stored(f"store/{name}/artifact")
-        folder.mkdir(parents=True)
-        (folder / "tunesmith.json").write_bytes(manifest)
-        for entry, data in entries.items():
-            if "/" not in entry:
-                (folder / entry).write_bytes(data)
+        digest = publish(folder, {"adapter_model.safetensors": WEIGHTS} if files is None else files)
         self.apiserver.apply(job(self.namespace, name))
         artifact = {
             "uri": f"s3://{self.server.bucket}/store/{name}/artifact",
-            "digest": digest_of(manifest),
+            "digest": digest,
             "sizeBytes": 1,
             "servable": {"vllm": True},
         }
         patch = json.dumps({"status": {"artifact": artifact | status}})
         arguments = ("patch", "ftj", name, "-n", self.namespace, "--subresource=status", "--type=merge", "-p", patch)
         assert self.apiserver.kubectl(*arguments).returncode == 0
-        return digest_of(manifest)
+        return digest
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from tunesmith.storage.schemes import canonical, normalised
 
 app = typer.Typer(no_args_is_help=True, help="Training data in a store.")
 _LINES = ".jsonl"
+_SHOWN = 3
+"""Number of hidden files that are named."""
 
 
 @app.callback()
@@ -27,7 +29,7 @@ def options() -> None:
 
 @app.command()
 def upload(
-    source: Annotated[Path, typer.Argument(help="A file, or a folder whose files are uploaded.")],
+    source: Annotated[Path, typer.Argument(help="A file, or a folder whose files, except hidden ones, are uploaded.")],
     destination: Annotated[
         str, typer.Argument(metavar="URI", help="Such as s3://bucket/rows.jsonl; a folder ends with a slash.")
     ],
@@ -83,9 +85,14 @@ def _targets(source: Path, destination: str) -> tuple[str, dict[str, Path]]:
         # The libraries of stores disagree on empty names between slashes.
         destination = normalised(destination) + ("/" if destination.endswith("/") else "")
     if source.is_dir():
-        files = {path.relative_to(source).as_posix(): path for path in _files(source)}
+        names = {path.relative_to(source).as_posix(): path for path in _files(source)}
+        files = {name: path for name, path in names.items() if not _is_hidden(name)}
+        hidden = [name for name in names if _is_hidden(name)]
         if not files:
-            raise CliError(f"the folder {source} has no files", Exit.USAGE)
+            raise CliError(f"the folder {source} has no files" + (" except hidden ones" if hidden else ""), Exit.USAGE)
+        if hidden:
+            more = f" and {len(hidden) - _SHOWN} more" if len(hidden) > _SHOWN else ""
+            note(f"Hidden files, which no job reads, are not uploaded: {', '.join(hidden[:_SHOWN])}{more}.")
         return destination.rstrip("/"), files
     if not source.is_file():
         raise CliError(f"the file {source} does not exist: pass the path of the rows", Exit.USAGE)
@@ -103,6 +110,8 @@ def _files(folder: Path) -> list[Path]:
     """
     paths, root = sorted(folder.rglob("*")), folder.resolve()
     for path in paths:
+        if _is_hidden(path.relative_to(folder).as_posix()):
+            continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             raise CliError(
                 f"{path} is a link that does not point to a file in {folder}: remove it, or replace it with the"
@@ -110,6 +119,11 @@ def _files(folder: Path) -> list[Path]:
                 Exit.USAGE,
             )
     return [path for path in paths if path.is_file()]
+
+
+def _is_hidden(path: str) -> bool:
+    """Return True if a name in a relative path starts with a dot: `.git/config`, `.DS_Store`."""
+    return any(name.startswith(".") for name in path.split("/"))
 
 
 def _check_uri(uri: str) -> None:

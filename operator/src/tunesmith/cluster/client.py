@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlencode
 
 import aiohttp
+import yaml
 from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import ApiClient, Configuration
 
@@ -93,8 +94,9 @@ class Cluster:
         """Return a client with the credentials read, without making a request.
 
         Args:
-            kubeconfig: file to read; None: $KUBECONFIG, the pod's service account, ~/.kube/config, in this order.
-            context: context of the kubeconfig; None: $KUBECONTEXT, then the file's current one.
+            kubeconfig: file to read, or a list of files as in $KUBECONFIG; None: $KUBECONFIG, the pod's service
+                account, ~/.kube/config, in this order.
+            context: context of the kubeconfig; None: $KUBECONTEXT, then the current one of the first file that has one.
             observer: called with (verb, kind, result) after each request; result is `ok` or an error's label.
 
         Raises:
@@ -105,10 +107,11 @@ class Cluster:
         configuration.retries = None
         load: Any = kubernetes_config
         in_cluster = kubeconfig is None and "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
-        path = _kubeconfig_path(kubeconfig)
-        if not in_cluster and not path.is_file():
+        given = str(kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config")
+        files = [] if in_cluster else _kubeconfig_files(given)
+        if not in_cluster and not files:
             raise ConfigurationError(
-                f"there is no kubeconfig at {path}: set KUBECONFIG to one, or run `make cluster-up`"
+                f"there is no kubeconfig at {given}: set KUBECONFIG to one, or run `make cluster-up`"
             )
         try:
             if in_cluster:
@@ -117,15 +120,15 @@ class Cluster:
                 configuration.client_session_kwargs = {"trust_env": False}
                 return cls(configuration, namespace=_pod_namespace(), observer=observer)
             loader = await load.load_kube_config(
-                config_file=str(path),
-                context=context or os.environ.get("KUBECONTEXT") or None,
+                config_file=os.pathsep.join(map(str, files)),
+                context=context or os.environ.get("KUBECONTEXT") or _current_context(files),
                 client_configuration=configuration,
                 persist_config=False,
             )
             namespace = loader.current_context.get("context", {}).get("namespace") or "default"
             return cls(configuration, namespace=namespace, observer=observer)
         except Exception as error:  # the loader propagates any error of YAML, files and exec plugins
-            place = "the pod's service account" if in_cluster else f"the kubeconfig {path}"
+            place = "the pod's service account" if in_cluster else f"the kubeconfig {given}"
             raise ConfigurationError(f"{place} cannot be used: {error}") from error
 
     async def __aenter__(self) -> Self:
@@ -481,8 +484,22 @@ def allow_deep_objects() -> None:
     sys.setrecursionlimit(max(sys.getrecursionlimit(), _MAX_DEPTH))
 
 
-def _kubeconfig_path(kubeconfig: str | os.PathLike[str] | None) -> Path:
-    return Path(kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config").expanduser()
+def _kubeconfig_files(given: str) -> list[Path]:
+    """Return the files of a list with separators; those that are missing or empty are skipped, as kubectl does."""
+    paths = [Path(name).expanduser() for name in given.split(os.pathsep) if name]
+    return [path for path in paths if path.is_file() and path.stat().st_size]
+
+
+def _current_context(files: list[Path]) -> str | None:
+    """Return the current context: the one of the first file that names one, as in kubectl.
+
+    The loader would take the last file's.
+    """
+    for path in files:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and document.get("current-context"):
+            return str(document["current-context"])
+    return None
 
 
 def _pod_namespace() -> str:
