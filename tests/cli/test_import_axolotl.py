@@ -17,6 +17,7 @@ from tunesmith.api.schema import resolved_schema
 from tunesmith.cli.axolotl import translate
 from tunesmith.cli.axolotl_keys import axolotl_keys
 from tunesmith.cli.main import main
+from tunesmith.cli.translation import UntranslatableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -707,14 +708,88 @@ PATTERN = r"model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
 
 def test_intervals_that_are_a_share_of_the_run() -> None:
     shares = {"save_steps": 0.25, "eval_steps": 0.1}
-    found = translate(MINIMAL | shares | {"max_steps": 90}, "/")
+    for more in ({}, {"max_steps": 90}):
+        found = translate(MINIMAL | shares | more, "/")
+        assert found.omitted == {}
+        assert found.spec["checkpoint"] == {"everyRatio": 0.25}
+        assert found.spec["evaluation"] == {"publish": "Last", "everyRatio": 0.1}
+    found = translate(MINIMAL | {"save_steps": 200, "eval_steps": 50.0}, "/")
+    assert found.spec["checkpoint"] == {"everySteps": 200}
+    assert found.spec["evaluation"] == {"publish": "Last", "everySteps": 50}
+
+
+@pytest.mark.parametrize(
+    ("given", "ratio"),
+    [
+        ({"evals_per_epoch": 4}, 0.25),
+        ({"evals_per_epoch": 4, "num_epochs": 3}, 0.0833333),
+        ({"evals_per_epoch": 0}, None),
+        ({"evals_per_epoch": 1, "num_epochs": 0.5}, 1.0),
+        ({"eval_strategy": "epoch", "num_epochs": 5}, 0.2),
+        ({"eval_strategy": "steps", "eval_steps": 0.2}, 0.2),
+    ],
+)
+def test_measurements_per_epoch_are_a_share_of_the_run(given: dict[str, Any], ratio: float | None) -> None:
+    found = translate(MINIMAL | given, "/")
     assert found.omitted == {}
-    assert found.spec["checkpoint"] == {"everySteps": 23}
-    assert found.spec["evaluation"] == {"publish": "Last", "everySteps": 9}
-    found = translate(MINIMAL | shares, "/")
-    assert set(found.omitted) == set(shares)
-    assert "set checkpoint.everySteps to 0.25 of the steps" in found.omitted["save_steps"]
-    assert "checkpoint" not in found.spec
+    assert found.spec["evaluation"].get("everyRatio") == ratio
+
+
+def test_a_warmup_that_is_a_share_of_the_run() -> None:
+    assert translate(MINIMAL | {"warmup_steps": 0.1}, "/").spec["hyperparameters"]["warmupRatio"] == 0.1
+    assert translate(MINIMAL | {"warmup_steps": 10.0}, "/").spec["hyperparameters"]["warmupSteps"] == 10
+
+
+def test_a_total_batch_size() -> None:
+    found = translate(MINIMAL | {"batch_size": 9, "micro_batch_size": 2}, "/")
+    assert found.omitted == {}
+    assert found.spec["hyperparameters"]["batchSize"] == 8
+
+
+def test_parameters_of_experts_are_kept() -> None:
+    given = {"lora_target_parameters": ["experts.gate_up_proj"], "lora_target_modules": ["q_proj"]}
+    assert translate(MINIMAL | given, "/").spec["method"] == {
+        "lora": {"targetParameters": ["experts.gate_up_proj"], "targetModules": ["q_proj"]}
+    }
+
+
+@pytest.mark.parametrize("key", ["reward_model", "process_reward_model"])
+def test_models_that_score_answers_are_refused(key: str) -> None:
+    with pytest.raises(UntranslatableError, match=f"{key} trains a model that scores answers"):
+        translate(MINIMAL | {key: True}, "/")
+
+
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a split": (
+        {"type": "chat_template", "split": "train_sft"},
+        {"train": [{"uri": "hf://datasets/org/rows", "split": "train_sft"}], "format": "Messages"},
+    ),
+    "a share of a split": (
+        {"type": "chat_template", "split": "test[:25%]"},
+        {"train": [{"uri": "hf://datasets/org/rows", "split": "test", "weight": 0.25}], "format": "Messages"},
+    ),
+    "a column of system prompts": (
+        {"type": {"field_system": "persona", "field_instruction": "question"}},
+        {"format": "Instruction", "columns": {"system": "persona", "instruction": "question"}},
+    ),
+    "reasoning": (
+        {"type": "chat_template", "field_thinking": "thinking", "template_thinking_key": "thinking"},
+        {"format": "Messages"},
+    ),
+    "answers that are learned": (
+        {"type": "chat_template", "message_field_training": "train", "roles_to_train": ["assistant"]},
+        {"format": "Messages"},
+    ),
+    "texts that are split": ({"type": "completion"}, {"format": "Text", "overlong": "Chunk"}),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name: str) -> None:
+    entry, expected = ROWS[name]
+    found = translate(MINIMAL | {"datasets": [{"path": "org/rows", **entry}]}, "/")
+    assert found.omitted == {}
+    assert expected.items() <= found.spec["dataset"].items()
 
 
 def test_a_pattern_of_modules_is_kept() -> None:
@@ -732,12 +807,16 @@ def test_a_pattern_of_modules_is_kept() -> None:
 def test_the_lowest_rate_of_a_cosine_schedule() -> None:
     found = translate(MINIMAL | {"lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.1}, "/")
     assert found.spec["hyperparameters"]["minLearningRateRatio"] == 0.1
+    found = translate(MINIMAL | {"lr_scheduler": "cosine", "cosine_min_lr_ratio": 1.0}, "/")
+    assert found.spec["hyperparameters"]["scheduler"] == "Constant"
     found = translate(MINIMAL | {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.1}, "/")
     assert "cosine_min_lr_ratio" in found.omitted
 
 
 def test_the_published_step_and_early_stopping() -> None:
-    found = translate(MINIMAL | {"load_best_model_at_end": True, "early_stopping_patience": 4}, "/")
+    given = {"load_best_model_at_end": True, "early_stopping_patience": 4, "metric_for_best_model": "eval_loss"}
+    found = translate(MINIMAL | given, "/")
+    assert found.omitted == {}
     assert found.spec["evaluation"] == {"publish": "Best", "earlyStopping": {"patience": 4}}
     found = translate(MINIMAL, "/")
     assert found.spec["evaluation"] == {"publish": "Last"}

@@ -34,6 +34,14 @@ INFO: dict[str, Any] = {
         "columns": {"prompt": "question", "chosen": "good", "rejected": "bad"},
     },
     "thumbs": {"file_name": "thumbs.json", "columns": {"kto_tag": "liked"}},
+    "turns": {"file_name": "turns.json", "columns": {"system": "persona", "history": "earlier"}},
+    "called": {
+        "file_name": "called.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "system": "persona", "tools": "functions"},
+    },
+    "shared": {"hf_hub_url": "org/rows", "split": "train_prefs"},
+    "ranged": {"hf_hub_url": "org/rows", "split": "train[:5%]"},
     "stored": {"cloud_file_name": "s3://bucket/rows.jsonl"},
     "mirrored": {"ms_hub_url": "org/rows"},
 }
@@ -142,7 +150,14 @@ def test_a_configuration_of_the_examples() -> None:
             {"kto": {"desirableWeight": 2.0}},
         ),
         ({"report_to": "wandb"}, "output", {"reporting": ["WandB"]}),
-        ({"eval_steps": 0.1, "max_steps": 50}, "evaluation", {"publish": "Last", "everySteps": 5}),
+        ({"eval_steps": 0.1, "max_steps": 50}, "evaluation", {"publish": "Last", "everyRatio": 0.1}),
+        ({"save_steps": 0.25}, "checkpoint", {"everyRatio": 0.25}),
+        ({"eval_strategy": "epoch", "num_train_epochs": 4.0}, "evaluation", {"publish": "Last", "everyRatio": 0.25}),
+        (
+            {"early_stopping_steps": 3, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
+            "evaluation",
+            {"publish": "Best", "earlyStopping": {"patience": 3}},
+        ),
     ],
 )
 def test_parts_of_a_configuration(given: dict[str, Any], part: str, expected: dict[str, Any]) -> None:
@@ -162,6 +177,24 @@ def test_parts_of_a_configuration(given: dict[str, Any], part: str, expected: di
         ({"dataset": "openai"}, "file:///work/data/chats.json", "Messages", None),
         ({"dataset": "stored"}, "s3://bucket/rows.jsonl", "Instruction", None),
         ({"dataset": "stored", "stage": "pt"}, "s3://bucket/rows.jsonl", "Text", {"text": "instruction"}),
+        (
+            {"dataset": "turns"},
+            "file:///work/data/turns.json",
+            "Instruction",
+            {"system": "persona", "history": "earlier"},
+        ),
+        (
+            {"dataset": "called"},
+            "file:///work/data/called.json",
+            "Messages",
+            {"messages": "conversations", "system": "persona", "tools": "functions"},
+        ),
+        (
+            {"dataset": "turns", "stage": "kto"},
+            "file:///work/data/turns.json",
+            "UnpairedPreference",
+            {"prompt": "instruction", "completion": "output", "system": "persona", "history": "earlier"},
+        ),
         (
             {"dataset": "pairs", "stage": "dpo"},
             "file:///work/data/pairs.json",
@@ -204,10 +237,33 @@ def test_every_other_key_is_reported() -> None:
     found = translate(BASE | {"use_badam": True, "deepspeed": "ds_z3.json", "val_size": 200}, INFO, "/", "/data")
     assert set(found.omitted) == {"use_badam", "deepspeed", "val_size"}
     entry = INFO | {
-        "alpaca": {"file_name": "a.json", "subset": "x", "tags": {"user_tag": "me"}, "columns": {"system": "s"}}
+        "alpaca": {"file_name": "a.json", "subset": "x", "tags": {"user_tag": "me"}, "columns": {"images": "i"}}
     }
     found = translate(BASE, entry, "/", "/data")
-    assert set(found.omitted) == {"alpaca.subset", "alpaca.tags.user_tag", "alpaca.columns.system"}
+    assert set(found.omitted) == {"alpaca.subset", "alpaca.tags.user_tag", "alpaca.columns.images"}
+
+
+def test_splits() -> None:
+    found = translate(BASE | {"dataset": "shared", "eval_dataset": "ranged"}, INFO, "/", "/data")
+    assert found.spec["dataset"]["train"] == [{"uri": "hf://datasets/org/rows", "split": "train_prefs"}]
+    assert found.spec["dataset"]["validation"] == [{"uri": "hf://datasets/org/rows"}]
+    assert set(found.omitted) == {"ranged.split"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"stage": "pt"}, {"overlong": "Chunk", "packing": True}),
+        ({"stage": "pt", "packing": False}, {"overlong": "Truncate", "packing": False}),
+        ({}, {"overlong": "Truncate"}),
+    ],
+)
+def test_texts_of_pretraining_are_split(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert expected.items() <= spec(**given)["dataset"].items()
+
+
+def test_a_warmup_that_is_a_share_of_the_run() -> None:
+    assert spec(warmup_steps=0.1)["hyperparameters"]["warmupRatio"] == 0.1
 
 
 def test_fields_of_the_table_exist() -> None:

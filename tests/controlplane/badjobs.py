@@ -222,7 +222,7 @@ BAD_JOBS: dict[str, BadJob] = {
         "remove the other", output={"exports": [{"uri": "s3://copies/a", "hub": "org/a"}]}
     ),
     "a copy to no repository": apply("is organisation/name", output={"exports": [{"hub": "name"}]}),
-    "checkpoints by steps and by time": apply("remove one of them", checkpoint={"everySteps": 5, "everyMinutes": 1}),
+    "checkpoints by steps and by time": apply("keep one of them", checkpoint={"everySteps": 5, "everyMinutes": 1}),
     "a deadline of no time": apply("greater than or equal to 1", "it must be at least 1", activeDeadlineSeconds=0),
     "a name of 41 letters": apply("at most 40 characters", name="n" * 41),
     "two objectives": apply("keep one and remove the others", objective={"dpo": {}, "kto": {}}),

@@ -50,7 +50,10 @@ def manifest(kind: str, namespace: str, name: str, spec: dict[str, Any], changes
 URI = "a uri is hf://organisation/name, s3://bucket/path, gs://bucket/path, az://container/path or pvc://claim/path"
 EPOCHS = "hyperparameters.epochs and hyperparameters.maxSteps are mutually exclusive: remove one of them"
 DIVIDE = "hyperparameters.microBatchSize must divide hyperparameters.batchSize (8 if absent): change one of them"
-CHECKPOINT = "checkpoint.everySteps and checkpoint.everyMinutes are mutually exclusive: remove one of them"
+CHECKPOINT = (
+    "checkpoint.everySteps, checkpoint.everyRatio and checkpoint.everyMinutes are mutually exclusive: keep one of them"
+)
+INTERVAL = "evaluation.everySteps and evaluation.everyRatio are mutually exclusive: remove one of them"
 HUB_DATA = "a data set on the Hugging Face Hub is hf://datasets/organisation/name, followed by a folder, a file"
 TEXTS = (
     "dataset.format Text trains on every token of the unchanged text: remove dataset.lossOn and dataset.chatTemplate"
@@ -337,6 +340,12 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         CHECKPOINT,
         CHECKPOINT,
     ),
+    "checkpoints by share and by time": (
+        {"checkpoint": {"everyRatio": 0.5, "everyMinutes": 1}},
+        CHECKPOINT,
+        CHECKPOINT,
+    ),
+    "measurements by steps and by share": ({"evaluation": {"everySteps": 5, "everyRatio": 0.1}}, INTERVAL, INTERVAL),
     "epochs and steps": ({"hyperparameters": {"epochs": 1, "maxSteps": 10}}, EPOCHS, EPOCHS),
     "indivisible batch": ({"hyperparameters": {"batchSize": 8, "microBatchSize": 3}}, DIVIDE, DIVIDE),
     "micro batch that does not divide the default batch": ({"hyperparameters": {"microBatchSize": 16}}, DIVIDE, DIVIDE),

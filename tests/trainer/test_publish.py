@@ -177,6 +177,18 @@ def test_early_stopping_measures_the_loss_often_enough(bench: Workbench) -> None
         assert resolved.evaluation_every_steps == every, evaluation
 
 
+def test_intervals_can_be_shares_of_the_run(bench: Workbench) -> None:
+    parts = {"checkpoint": {"everyRatio": 0.3, "keep": 9}, "evaluation": {"everyRatio": 0.4}}
+    ran = bench.run("train", bench.job(**parts, hyperparameters={"maxSteps": 10, "batchSize": 2}))
+    assert ran.code == 0, ran.result.message
+    assert sorted(folder.name for folder in (bench.output / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (3, 6, 9, 10)
+    ]
+    assert list(held_out_losses(bench.output)) == [4, 8, 10]
+    assert ran.result.resolved is not None
+    assert ran.result.resolved.evaluation_every_steps == 4
+
+
 @pytest.mark.parametrize("publish", Publish)
 def test_training_stops_early_and_resumes_to_the_same_result(bench: Workbench, publish: Publish) -> None:
     parts = overfitting(bench.folder, publish=publish.value, earlyStopping={"patience": 3})

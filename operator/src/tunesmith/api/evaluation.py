@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.api.checkpoint import MIN_EVERY_RATIO
 from tunesmith.api.credentials import SecretReference
 from tunesmith.api.dataset import DatasetSource
 from tunesmith.api.model import ApiModel, Rule, StringPattern
@@ -220,14 +221,26 @@ class Evaluation(ApiModel):
             "two suites of evaluation.suites have the same name: rename one of them",
             lambda self: len({suite.name for suite in self.suites or []}) == len(self.suites or []),
         ),
+        Rule(
+            "!(has(self.everySteps) && has(self.everyRatio))",
+            "evaluation.everySteps and evaluation.everyRatio are mutually exclusive: remove one of them",
+            lambda self: self.every_steps is None or self.every_ratio is None,
+        ),
     )
 
     every_steps: int | None = Field(
         default=None,
         ge=1,
-        description="Number of optimizer steps between two measurements of the held-out loss during training. Absent: "
-        "about ten measurements, fewer if they would take more than 5 % of the time and earlyStopping is absent. The "
-        "loss is always measured before training and after the last step.",
+        description="Number of optimizer steps between two measurements of the held-out loss during training. Absent "
+        "without everyRatio: about ten measurements, fewer if they would take more than 5 % of the time and "
+        "earlyStopping is absent. The loss is always measured before training and after the last step.",
+    )
+    every_ratio: float | None = Field(
+        default=None,
+        ge=MIN_EVERY_RATIO,
+        le=1.0,
+        description="Interval between two measurements of the held-out loss as a share of the run's optimizer steps, "
+        "rounded up; see everySteps. status.resolved.evaluationEverySteps is its number of steps.",
     )
     publish: Publish | None = Field(
         default=None,

@@ -7,29 +7,24 @@ differs from Tunesmith's, Axolotl's is written to the spec and reported.
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass, field
 
 from tunesmith.api.credentials import REPORTING_SECRET
 from tunesmith.api.methods.lora import Initialization, LoraFields
 from tunesmith.cli.axolotl_keys import axolotl_keys
+from tunesmith.cli.axolotl_rows import Rows, entries
 from tunesmith.cli.translation import (
     EMPTY,
     Document,
     Draft,
     Translation,
     UntranslatableError,
-    file_uri,
     model_uri,
-    remote_uri,
 )
 from tunesmith.contracts.adapterconfig import names_of_pattern, read_initialization
-from tunesmith.storage.schemes import Use, prefixes
 
 _EPOCHS, _LENGTH, _MICRO_BATCH, _ACCUMULATION = 1.0, 512, 1, 1
 """Axolotl's defaults that differ from Tunesmith's (src/axolotl/utils/schemas/)."""
-_LOCAL = re.compile(r"^(/|\./|\.\./)|\.(jsonl|json|csv|tsv|parquet|arrow)(\.gz)?$")
 
 
 def translate(config: Document, folder: str) -> Translation:
@@ -163,6 +158,9 @@ class _Reader(Draft):
                 self._pattern = names
 
     def objective(self) -> None:
+        for key in ("reward_model", "process_reward_model"):
+            if self.given.get(key):
+                raise UntranslatableError(f"{key} trains a model that scores answers: Tunesmith trains language models")
         if "rl" not in self.given:
             return
         name = str(self.read("rl"))
@@ -176,17 +174,17 @@ class _Reader(Draft):
         sources = self.read("datasets") or self.given.get("pretraining_dataset")
         if self.given.get("pretraining_dataset"):
             self.translated.add("pretraining_dataset")
-            sources = [{"type": "completion"} | entry for entry in _entries(sources)]
+            sources = [{"type": "completion"} | entry for entry in entries(sources)]
         if not sources:
             raise UntranslatableError("datasets is missing: name the rows to train on")
         objective = self._keys.objectives.get(str(self.given.get("rl")))
         form = objective.format if objective is not None else None
         rows = [
-            _Rows.of(entry, f"datasets[{number}]", self._folder, form) for number, entry in enumerate(_entries(sources))
+            Rows.of(entry, f"datasets[{number}]", self._folder, form) for number, entry in enumerate(entries(sources))
         ]
         held_out = [
-            _Rows.of(entry, f"test_datasets[{number}]", self._folder, form)
-            for number, entry in enumerate(_entries(self.read("test_datasets", default=[])))
+            Rows.of(entry, f"test_datasets[{number}]", self._folder, form)
+            for number, entry in enumerate(entries(self.read("test_datasets", default=[])))
         ]
         for source in (*rows, *held_out):
             self.omitted |= source.omitted
@@ -194,14 +192,16 @@ class _Reader(Draft):
         self.put(
             "dataset.train",
             [
-                {"uri": uri} | ({"weight": source.weight} if source.weight is not None else {})
+                place | ({"weight": source.weight} if source.weight is not None else {})
                 for source in rows
-                for uri in source.uris
+                for place in source.places
             ],
         )
         formats = {source.format for source in (*rows, *held_out)}
         if len(formats) == 1 and (form := formats.pop()) is not None:
             self.put("dataset.format", form)
+            if form == "Text" and "excess_length_strategy" not in self.given:
+                self.put("dataset.overlong", "Chunk")  # as Axolotl splits rows of the types completion and pretrain
         columns = [source.columns for source in (*rows, *held_out)]
         if any(columns[0] != other for other in columns[1:]):
             self.omit("datasets[].field_*", "dataset.columns applies to all sources: rename the columns")
@@ -209,7 +209,7 @@ class _Reader(Draft):
             self.put("dataset.columns", columns[0])
         if held_out:
             self.read("val_set_size")
-            self.put("dataset.validation", [{"uri": uri} for source in held_out for uri in source.uris])
+            self.put("dataset.validation", [place for source in held_out for place in source.places])
         else:
             self.held_out_share("val_set_size")
         self.default("sequence_len", "dataset.maxLength", self.read("sequence_len", _LENGTH))
@@ -224,6 +224,8 @@ class _Reader(Draft):
             self.read("plugins")  # fused kernels, which Tunesmith chooses automatically, and evaluation
         if self.read("train_on_inputs", default=False):
             self.put("dataset.lossOn", "AllTokens")
+        if self.given.get("roles_to_train") == ["assistant"]:
+            self.read("roles_to_train")
         if self.given.get("chat_template") == "tokenizer_default":
             self.read("chat_template")
         template = self.given.get("chat_template_jinja")
@@ -263,16 +265,30 @@ class _Reader(Draft):
 
     def hyperparameters(self) -> None:
         micro = int(self.number("micro_batch_size", _MICRO_BATCH))
-        batch = micro * int(self.number("gradient_accumulation_steps", _ACCUMULATION))
-        self.default("gradient_accumulation_steps", "hyperparameters.batchSize", batch)
+        total = int(self.number("batch_size", 0))
+        if total >= micro and "gradient_accumulation_steps" not in self.given:
+            self.put("hyperparameters.batchSize", total // micro * micro)
+        else:
+            batch = micro * int(self.number("gradient_accumulation_steps", _ACCUMULATION))
+            self.default("gradient_accumulation_steps", "hyperparameters.batchSize", batch)
         self.default("micro_batch_size", "hyperparameters.microBatchSize", micro)
         if "max_steps" not in self.given:
             self.default("num_epochs", "hyperparameters.epochs", self.read("num_epochs", _EPOCHS))
         self.published_step("early_stopping_patience")
-        self.interval("eval_steps", "evaluation.everySteps")
-        self.interval("save_steps", "checkpoint.everySteps")
+        per_epoch = 0.0 if "eval_steps" in self.given else self.number("evals_per_epoch", 0)
+        self.measurements(float(self.given.get("num_epochs", _EPOCHS)), per_epoch)
+        self.interval("save_steps", "checkpoint")
+        self.warmup()
         if "cosine_min_lr_ratio" in self.given and self.given.get("lr_scheduler", "cosine") == "cosine":
-            self.put("hyperparameters.minLearningRateRatio", self.read("cosine_min_lr_ratio"))
+            ratio = self.number("cosine_min_lr_ratio", 0)
+            if ratio < 1:
+                self.put("hyperparameters.minLearningRateRatio", ratio)
+            else:
+                self.given.pop("lr_scheduler", None)
+                self.put("hyperparameters.scheduler", "Constant")
+                self.changed["cosine_min_lr_ratio"] = (
+                    f"the rate never falls if it is {ratio:g}, so scheduler is Constant"
+                )
         again = self.given.get("gradient_checkpointing")
         if isinstance(again, bool):
             self.put("hyperparameters.gradientCheckpointing", self.read("gradient_checkpointing"))
@@ -281,115 +297,3 @@ class _Reader(Draft):
         bfloat16, half = self.read("bf16", default=self.given.get("bfloat16", "auto")), self.given.get("fp16")
         if not bfloat16 and not half:
             self.put("hyperparameters.precision", "float32")
-
-
-@dataclass
-class _Rows:
-    """One entry of `datasets`."""
-
-    uris: list[str]
-    weight: float | None = None
-    format: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    omitted: dict[str, str] = field(default_factory=dict)
-    changed: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, entry: Document, where: str, folder: str, preference: str | None) -> _Rows:
-        """Return the rows of an entry, preference rows if their format is given."""
-        remaining = {key: value for key, value in entry.items() if value not in EMPTY}
-        rows = cls(_data_uris(remaining, where, folder))
-        kind = remaining.pop("type", None)
-        if preference is None:
-            rows._kind(kind, remaining)
-        else:
-            rows.format = preference
-            for name, key in (("prompt", "field_messages"), ("chosen", "field_chosen"), ("rejected", "field_rejected")):
-                rows._column(name, remaining.pop(key, None))
-            rows._property_names(remaining)
-            rows.changed[f"{where}.type"] = f"the rows must have dataset.format {preference}"
-        for key in ("ds_type", "roles", "roles_to_train", "train_on_eos", "chat_template", "train_on_split"):
-            known = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "chat_template": "tokenizer_default"}
-            if key in {"ds_type", "roles"} or remaining.get(key) == known.get(key, object()):
-                remaining.pop(key, None)
-        share = re.fullmatch(r"train(?:\[:(\d+)%\])?", str(remaining.get("split")))
-        if share is not None and share[1] is None:
-            del remaining["split"]
-        elif share is not None and where.startswith("datasets"):
-            rows.weight = int(share[1]) / 100
-            rows.changed[f"{where}.split"] = f"{share[1]} % of the rows are chosen by the seed, not the first ones"
-            del remaining["split"]
-        for key, value in remaining.items():
-            rows.omitted[f"{where}.{key}"] = (
-                "name the files of that part in the uri" if key in {"split", "name"} else f"it is {json.dumps(value)}"
-            )
-        if preference is None and rows.format == "Instruction":
-            rows.changed[f"{where}.type"] = (
-                "the rows are rendered by the base model's chat template, not by this prompt"
-            )
-        if rows.format is None and kind is not None:
-            rows.omitted[f"{where}.type"] = f"{json.dumps(kind)} is not a supported row format"
-        return rows
-
-    def _kind(self, kind: object, remaining: Document) -> None:
-        if isinstance(kind, dict):
-            self.format = "Instruction"
-            for name in ("instruction", "input", "output"):
-                self._column(name, kind.get(f"field_{name}"))
-            known = {"field_instruction", "field_input", "field_output"}
-            remaining |= {
-                f"type.{key}": value for key, value in kind.items() if key not in known and value not in EMPTY
-            }
-        elif kind == "alpaca":
-            self.format = "Instruction"
-        elif kind in {"completion", "pretrain"}:
-            self.format = "Text"
-            self._column("text", remaining.pop("field", remaining.pop("text_column", None)))
-        elif kind == "sharegpt":
-            self.format = "Messages"
-            self._column("messages", remaining.pop("conversation_field", "conversations"))
-        elif kind == "chat_template":
-            self.format = "Messages"
-            self._column("messages", remaining.pop("field_messages", None))
-            self._column("tools", remaining.pop("field_tools", None))
-            self._property_names(remaining)
-
-    def _property_names(self, remaining: Document) -> None:
-        """Remove the property names that the trainer knows: role and content, or from and value."""
-        names = remaining.get("message_property_mappings") or {
-            "role": remaining.get("message_field_role", "role"),
-            "content": remaining.get("message_field_content", "content"),
-        }
-        if (names.get("role", "role"), names.get("content", "content")) in {("role", "content"), ("from", "value")}:
-            for key in ("message_property_mappings", "message_field_role", "message_field_content"):
-                remaining.pop(key, None)
-
-    def _column(self, name: str, given: object) -> None:
-        if isinstance(given, str) and given != name:
-            self.columns[name] = given
-
-
-def _entries(value: object) -> list[Document]:
-    if not isinstance(value, list):
-        value = [value]
-    return [entry if isinstance(entry, dict) else {"path": str(entry)} for entry in value]
-
-
-def _data_uris(entry: Document, where: str, folder: str) -> list[str]:
-    """Remove path, data_files and revision from the entry and return their uris."""
-    path, files = entry.pop("path", None), entry.pop("data_files", [])
-    files = [files] if isinstance(files, str) else files
-    if not isinstance(path, str):
-        raise UntranslatableError(f"{where}.path is missing: name the rows")
-    if path.startswith("http://"):
-        raise UntranslatableError(f"{where}.path is {path}: copy the rows to {prefixes(Use.DATA)}")
-    if (uri := remote_uri(path)) is not None:
-        return [uri]
-    if path in {"json", "csv", "parquet", "arrow", "text"} and files:
-        return [remote_uri(name) or file_uri(name, folder) for name in files]
-    if _LOCAL.search(path):
-        root = file_uri(path, folder)
-    else:
-        revision = entry.pop("revision", None)
-        root = f"hf://datasets/{path}" + (f"@{revision}" if revision else "")
-    return [f"{root}/{name}" for name in files] or [root]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from functools import cache
-from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict
 
 from tunesmith.api.output import Tracker
-from tunesmith.cli.translation import NamedValues
+from tunesmith.cli.translation import NamedValues, read_table
 
 
 class _Table(BaseModel):
@@ -76,5 +74,4 @@ class AxolotlKeys(_Table):
 @cache
 def axolotl_keys() -> AxolotlKeys:
     """Return the table."""
-    text = files("tunesmith.cli").joinpath("axolotl.toml").read_text(encoding="utf-8")
-    return AxolotlKeys.model_validate(tomllib.loads(text))
+    return read_table("axolotl.toml", AxolotlKeys)

@@ -7,9 +7,7 @@ an absent key differs from Tunesmith's, LLaMA-Factory's is written to the spec a
 from __future__ import annotations
 
 import json
-import tomllib
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -22,7 +20,9 @@ from tunesmith.cli.translation import (
     Translation,
     UntranslatableError,
     file_uri,
+    is_split,
     model_uri,
+    read_table,
     remote_uri,
 )
 
@@ -58,8 +58,7 @@ class _Keys(BaseModel):
 @cache
 def llamafactory_keys() -> _Keys:
     """Return the table of keys."""
-    text = files("tunesmith.cli").joinpath("llamafactory.toml").read_text(encoding="utf-8")
-    return _Keys.model_validate(tomllib.loads(text))
+    return read_table("llamafactory.toml", _Keys)
 
 
 def translate(config: Document, data_sets: Document, folder: str, data_folder: str) -> Translation:
@@ -162,7 +161,7 @@ class _Reader(Draft):
         self.read("dataset_dir")
         held_out = _names(self.read("eval_dataset"), {})
         rows = [self._source(name) for name in (*names, *held_out)]
-        self.put("dataset.train", [{"uri": uri} for uri, _, _ in rows[: len(names)]])
+        self.put("dataset.train", [source for source, _, _ in rows[: len(names)]])
         formats = {form for _, form, _ in rows}
         if len(formats) == 1:
             self.put("dataset.format", formats.pop())
@@ -172,7 +171,7 @@ class _Reader(Draft):
         elif columns[0]:
             self.put("dataset.columns", columns[0])
         if held_out:
-            self.put("dataset.validation", [{"uri": uri} for uri, _, _ in rows[len(names) :]])
+            self.put("dataset.validation", [source for source, _, _ in rows[len(names) :]])
         elif self.number("val_size", 0) >= 1:
             self.omit("val_size")
         else:
@@ -182,7 +181,10 @@ class _Reader(Draft):
     def _rows(self) -> None:
         """Translate the options for reading rows."""
         self.default("cutoff_len", "dataset.maxLength", self.read("cutoff_len", _LENGTH))
-        self.put("dataset.overlong", "Truncate")
+        whole_texts = self._stage == "pt" and self.read("packing", default=True)
+        if whole_texts:
+            self.default("packing", "dataset.packing", value=True)
+        self.put("dataset.overlong", "Chunk" if whole_texts else "Truncate")
         self.put("dataset.duplicates", "Keep")
         if self.given.get("mix_strategy") == "concat":
             self.read("mix_strategy")
@@ -196,8 +198,8 @@ class _Reader(Draft):
                 "the base model's own chat template is used; dataset.chatTemplate accepts the text of another"
             )
 
-    def _source(self, name: str) -> tuple[str, str, dict[str, str]]:
-        """Return uri, format and columns of a data set of dataset_info.json."""
+    def _source(self, name: str) -> tuple[Document, str, dict[str, str]]:
+        """Return source, format and columns of a data set of dataset_info.json."""
         entry = self._data_sets.get(name)
         if not isinstance(entry, dict):
             raise UntranslatableError(
@@ -205,7 +207,7 @@ class _Reader(Draft):
                 " --dataset-info"
             )
         remaining = {key: value for key, value in entry.items() if value not in EMPTY and value is not False}
-        uri = self._uri(name, remaining)
+        source: Document = {"uri": self._uri(name, remaining)}
         form = _STAGES[self._stage]
         shared = remaining.pop("formatting", "alpaca") in {"sharegpt", "openai"}
         if form is None:
@@ -219,11 +221,14 @@ class _Reader(Draft):
         for key, value in tags.items():
             if value not in _ROLES.get(key, ()):
                 self.omit(f"{name}.tags.{key}", f"it is {json.dumps(value)}: rename the role in the rows")
-        if remaining.get("split") == "train":
-            del remaining["split"]
+        split = remaining.pop("split", "train")
+        if is_split(split) and split != "train":
+            source["split"] = split
+        elif split != "train":
+            remaining["split"] = split
         for key in remaining:
             self.omit(f"{name}.{key}")
-        return uri, form, columns
+        return source, form, columns
 
     def _uri(self, name: str, remaining: Document) -> str:
         """Remove the keys that locate the rows and return their uri."""
@@ -270,13 +275,13 @@ class _Reader(Draft):
         if "lr_scheduler_type" not in self.given:
             self.default("lr_scheduler_type", "hyperparameters.scheduler", "Linear")
         if self.number("warmup_steps", 0) > 0:
-            self.put("hyperparameters.warmupSteps", self.given["warmup_steps"])
+            self.warmup()
             self.read("warmup_ratio")  # warmup_steps overrides it
         else:
             self.default("warmup_ratio", "hyperparameters.warmupRatio", self.read("warmup_ratio", 0.0))
         self.published_step("early_stopping_steps")
-        self.interval("save_steps", "checkpoint.everySteps")
-        self.interval("eval_steps", "evaluation.everySteps")
+        self.interval("save_steps", "checkpoint")
+        self.measurements(float(self.given.get("num_train_epochs", _EPOCHS)))
         if self.read("disable_gradient_checkpointing", default=False):
             self.put("hyperparameters.gradientCheckpointing", value=False)
         self.tables(self._keys.fields, self._keys.values)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import posixpath
+import re
+import tomllib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 Document = dict[str, Any]
 MIN_HELD_OUT, MAX_HELD_OUT = 0.001, 0.5
+_HELD_OUT_LOSS = ("loss", "eval_loss")
 EMPTY: tuple[object, ...] = (None, "", [], {})
+_SPLIT = re.compile(r"[-a-zA-Z0-9_.]{1,128}")
 _CHOSEN_BY_SEED = "raise it for a more precise held-out loss"
 
 
@@ -53,6 +57,15 @@ class NamedValues(BaseModel):
 
     field: str
     values: dict[str, str]
+
+
+_Table = TypeVar("_Table", bound=BaseModel)
+
+
+def read_table(name: str, kind: type[_Table]) -> _Table:
+    """Return the table of another tool's keys in a TOML file of this package."""
+    text = files("tunesmith.cli").joinpath(name).read_text(encoding="utf-8")
+    return kind.model_validate(tomllib.loads(text))
 
 
 class UntranslatableError(ValueError):
@@ -129,21 +142,37 @@ class Draft:
         self.put("output.exports", [{"hub": self.read("hub_model_id")}])
         return True
 
-    def interval(self, key: str, path: str) -> None:
-        """Translate an interval: a number of steps, or a share of the run's steps if it is below 1."""
-        if key not in self.given:
-            return
+    def interval(self, key: str, part: str) -> None:
+        """Translate an interval: a number of steps, or a share of the run's steps if it is below 1.
+
+        Args:
+            key: key of the interval.
+            part: part of the spec, which has everySteps and everyRatio.
+        """
         interval = self.number(key, 0)
         if interval >= 1:
-            self.put(path, int(interval))
-        elif "max_steps" in self.given:
-            self.put(path, max(1, math.ceil(interval * self.number("max_steps", 1))))
-            self.changed[key] = f"{interval} of max_steps is a number of steps in {path}"
+            self.put(f"{part}.everySteps", int(interval))
+        elif interval > 0:
+            self.put(f"{part}.everyRatio", interval)
+
+    def measurements(self, epochs: float, per_epoch: float = 0.0) -> None:
+        """Translate the interval between measurements of the held-out loss.
+
+        Args:
+            epochs: epochs of the run, if it has no max_steps.
+            per_epoch: measurements per epoch; 0: eval_strategy and eval_steps determine them.
+        """
+        for key in ("eval_strategy", "evaluation_strategy"):
+            if self.given.get(key) == "steps":
+                self.read(key)
+            elif self.given.get(key) == "epoch" and "max_steps" not in self.given:
+                self.read(key)
+                per_epoch = per_epoch or 1.0
+        if per_epoch > 0:
+            self.put("evaluation.everyRatio", min(1.0, float(f"{1 / (per_epoch * epochs):.6g}")))
+            self.read("eval_steps")
         else:
-            self.omit(
-                key,
-                f"it is a share of the steps: set {path} to {interval} of the steps that `tunesmith estimate` shows",
-            )
+            self.interval("eval_steps", "evaluation")
 
     def published_step(self, patience: str) -> None:
         """Translate the step whose weights are published, and early stopping.
@@ -153,8 +182,18 @@ class Draft:
         """
         best = self.read("load_best_model_at_end", default=False)
         self.default("load_best_model_at_end", "evaluation.publish", "Best" if best else "Last")
+        if self.given.get("metric_for_best_model") in _HELD_OUT_LOSS:
+            self.read("metric_for_best_model")
         if patience in self.given:
             self.put("evaluation.earlyStopping", {"patience": int(self.number(patience, 1))})
+
+    def warmup(self) -> None:
+        """Translate the warm-up: a number of steps, or a share of the run's steps if it is below 1."""
+        steps = self.number("warmup_steps", 0)
+        if steps >= 1:
+            self.put("hyperparameters.warmupSteps", int(steps))
+        elif steps > 0:
+            self.put("hyperparameters.warmupRatio", steps)
 
     def held_out_share(self, key: str) -> None:
         """Translate the share of the training rows that is held out."""
@@ -185,6 +224,11 @@ def remote_uri(name: str) -> str | None:
         return name
     stored = canonical(name)
     return None if stored is None else stored.rstrip("/")
+
+
+def is_split(name: object) -> bool:
+    """Return True if it is the name of a split, without a range of its rows such as [:1%]."""
+    return isinstance(name, str) and _SPLIT.fullmatch(name) is not None
 
 
 def file_uri(path: str, folder: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tunesmith.api.checkpoint import steps_of_ratio
 from tunesmith.api.finetunejob_status import Resolved, TaskFolderStatus
 from tunesmith.api.hyperparameters import (
     COMPILED_STEPS,
@@ -82,6 +83,8 @@ def evaluation_every(spec: FineTuneJobSpec, steps: int, batch: int, held_out: in
     """Return the steps between two evaluations of the held-out loss; early stopping always gets about ten."""
     if spec.evaluation is not None and spec.evaluation.every_steps is not None:
         return spec.evaluation.every_steps
+    if spec.evaluation is not None and spec.evaluation.every_ratio is not None:
+        return steps_of_ratio(spec.evaluation.every_ratio, steps)
     if spec.early_stopping is not None:
         return math.ceil(steps / _EVALUATIONS)
     return evaluation_interval(steps, batch, held_out)

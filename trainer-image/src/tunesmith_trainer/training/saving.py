@@ -134,7 +134,9 @@ class Saver(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Request a checkpoint if one is due; it is written once the step is in the curves."""
         step = state.global_step
-        due = self._policy.due(steps=step - self._saved_step, seconds=self._clock() - self._saved_at)
+        due = self._policy.due(
+            steps=step - self._saved_step, seconds=self._clock() - self._saved_at, total=state.max_steps
+        )
         # A signal to any rank stops all of them after the same step; the first rank's clock counts.
         stop, due = self._ranks.any(self._interruption.signal is not None, due and self._ranks.first)
         if stop:
