@@ -85,14 +85,21 @@ class World:
         return next((condition for condition in conditions if condition["type"] == type_), {})
 
     async def until_condition(
-        self, name: str, type_: str, status: str, reason: str = "", kind: str = "AdapterDeployment"
+        self,
+        name: str,
+        type_: str,
+        status: str,
+        reason: str = "",
+        kind: str = "AdapterDeployment",
+        *,
+        seconds: float = 60.0,
     ) -> Object:
         async def holds() -> bool:
             found = await self.condition(name, type_, kind)
             return found.get("status") == status and reason in {"", found["reason"]}
 
         try:
-            await until(holds, f"{type_}={status} {reason} of {name}")
+            await until(holds, f"{type_}={status} {reason} of {name}", seconds=seconds)
         except TimeoutError as error:
             raise TimeoutError(f"{error}: {await self.get(name, kind)}") from None
         return await self.condition(name, type_, kind)
@@ -427,6 +434,33 @@ async def test_a_changed_pool_of_one_pod_never_stops_serving(world: World) -> No
     await world.until_condition("small", "Updated", "True", "PodsCurrent", kind="ServingPool")
     ready = await world.condition("pirate", "Ready")
     assert (ready["status"], ready["lastTransitionTime"]) == ("True", since), "it was ready all the time"
+
+
+async def test_a_failed_change_is_rolled_back_on_request(world: World) -> None:
+    await world.pool(rollingUpdate={"onFailure": "RollBack"})
+    await world.train("talk")
+    await world.serve("pirate", "talk")
+    await world.until_condition("pirate", "Ready", "True", "Resident")
+    await world.until_condition("small", "Updated", "True", "PodsCurrent", kind="ServingPool")
+    (old,) = world.pods.agents
+    world.pods.engines_start = False
+    change = {"spec": {"engine": {"image": "engine:broken"}}}
+    await world.cluster.patch("ServingPool", "small", world.namespace, change)
+    await world.until(lambda: len(world.pods.agents) == 2, "a surge pod exists")
+    (new,) = set(world.pods.agents) - {old}
+    state = {"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}
+    engine = {"name": "engine", "image": "engine:broken", "imageID": "", "ready": False, "restartCount": 0}
+    status = {"status": {"containerStatuses": [{**engine, "state": state}]}}
+    await world.cluster.patch("Pod", new, world.namespace, status, type_="strategic", subresource="status")
+    failing = await world.until_condition("small", "Progressing", "False", "UpdateFailed", kind="ServingPool")
+    assert "1 pod with the previous settings keeps running" in failing["message"]
+    back = await world.until_condition("small", "Updated", "False", "RolledBack", kind="ServingPool", seconds=120)
+    assert "engine:broken" in back["message"]
+    await world.until(lambda: list(world.pods.agents) == [old], "only the old pod is left")
+    world.pods.engines_start = True
+    await world.cluster.patch("ServingPool", "small", world.namespace, {"spec": {"engine": {"image": "engine:fixed"}}})
+    await world.until_condition("small", "Updated", "True", "PodsCurrent", kind="ServingPool")
+    await world.until(lambda: old not in world.pods.agents, "a pod with the fixed image replaced the old one")
 
 
 async def test_a_new_release_updates_one_pool_after_the_other(world: World, operator: Operator) -> None:

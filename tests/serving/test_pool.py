@@ -334,7 +334,7 @@ def test_a_replacement_that_fails_leaves_the_old_pod_serving(decide: Build, serv
     assert updated is not None
     assert (updated.reason, updated.message) == (
         "UpdateFailed",
-        "pod new: image y is missing; 1 with the previous settings keep running",
+        "pod new: image y is missing; 1 pod with the previous settings keeps running",
     )
 
 

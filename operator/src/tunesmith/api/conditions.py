@@ -266,6 +266,11 @@ class ServingPoolReason(Reason):
         "The update of another pool fails. This pool waits until it is fixed.",
     )
     UPDATE_FAILED = _warning("UpdateFailed", "Pods with the current settings do not become ready.")
+    ROLLED_BACK = _warning(
+        "RolledBack",
+        "Pods with the current settings did not become ready. The pods have the previous settings until the spec "
+        "changes.",
+    )
     SCALING = _detail("Scaling", "The number of ready pods differs from desiredReplicas.")
     SETTLED = _detail("Settled", "The pool has desiredReplicas ready pods.")
     AS_EXPECTED = _detail("AsExpected", "No pod reports a problem.")

@@ -202,6 +202,13 @@ class RollingUpdate(ApiModel):
         "loaded the adapters; 0 is used if no node has room for 60 s. 0: a pod stops before its replacement starts. "
         "Absent: 1 for a pool of one pod or if a node has room, otherwise 0.",
     )
+    on_failure: Literal["Wait", "RollBack"] = Field(
+        default="Wait",
+        description="Reaction to a new pod that does not become ready after a change of the spec. Wait: the pods with "
+        "the previous settings keep running, and the new pod stays, with its problem in the status. RollBack: after a "
+        "minute the pods get the last settings with which all of them served, until the spec changes. A failed update "
+        "of the installation is never rolled back.",
+    )
 
 
 class AllowedNamespaces(ApiModel):
@@ -311,6 +318,18 @@ class PodUsage(StatusModel):
     )
 
 
+class PoolRollback(StatusModel):
+    """Record of the last good spec, with rollingUpdate.onFailure: RollBack."""
+
+    good_spec: str = Field(
+        max_length=2**18, description="Last spec with which all pods served, as JSON without the fields of scaling."
+    )
+    rejected_spec: str | None = Field(
+        default=None, max_length=64, description="Digest of the spec that failed; until it changes, goodSpec is used."
+    )
+    reason: str | None = Field(default=None, max_length=1024, description="Failure of the rejected spec.")
+
+
 class ServingPoolStatus(StatusModel):
     """Observed state of a ServingPool."""
 
@@ -354,6 +373,9 @@ class ServingPoolStatus(StatusModel):
         description=f"Use of the pods by adapters, as of at most 10 s ago; of the first {MAX_LISTED_PODS} pods.",
     )
     selector: str | None = Field(default=None, max_length=256, description="Label selector for the scale subresource.")
+    rollback: PoolRollback | None = Field(
+        default=None, description="Record of the last good spec, with rollingUpdate.onFailure: RollBack."
+    )
 
 
 class ServingPool(ApiModel):

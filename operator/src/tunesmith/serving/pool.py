@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from tunesmith.api.adapterdeployment import AdapterDeployment, Revision
-    from tunesmith.api.servingpool import ServingPool
+    from tunesmith.api.servingpool import PoolRollback, ServingPool
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import ModelNameClaim
     from tunesmith.contracts.refusal import Refusal
@@ -47,9 +47,9 @@ class PoolObservation:
     AdapterDeployments, in order of precedence. `decision`: the desired pods. `spread`: see `placement.place`.
     `invalid`: reason why the spec cannot be rendered. `refusal`: refused write of one of the pool's objects.
     `unknown_demand`: reason why the demand is not completely known, None if it is. `rollout`: the pods compared with
-    the desired template. `hold`: reason why their replacement does not begin. `max_surge`: see `rolling.surge`.
-    `running`: current number of requests for the pool's models, None if unknown. `busy`: engine names of adapters that
-    are active much of the time.
+    the desired template. `rollback`: record for the status. `hold`: reason why their replacement does not begin.
+    `max_surge`: see `rolling.surge`. `running`: current number of requests for the pool's models, None if unknown.
+    `busy`: engine names of adapters that are active much of the time.
     """
 
     deployment: dict[str, Any] | None
@@ -62,6 +62,7 @@ class PoolObservation:
     refusal: Refusal | None = None
     unknown_demand: str | None = None
     rollout: Rollout = field(default_factory=lambda: Rollout(""))
+    rollback: PoolRollback | None = None
     hold: RolloutHold | None = None
     max_surge: int = 0
     running: int | None = None
@@ -355,6 +356,7 @@ def _status(
         adapter_slots=len(living) * pool.spec.engine.max_loras,
         pods=[_usage(pod) for pod in sorted(living, key=lambda pod: pod.name)[:MAX_LISTED_PODS]],
         selector=selector_text(pool),
+        rollback=observation.rollback,
     )
 
 
@@ -412,6 +414,9 @@ def _progressing(observation: PoolObservation, ready: int, living: Sequence[Pool
         return _FALSE, Reason.INVALID_SPEC, observation.invalid
     if observation.refusal is not None:
         return _FALSE, Reason.WRITE_REFUSED, observation.refusal.sentence
+    rollout = observation.rollout
+    if rollout.failure is not None and rollout.unfinished:
+        return _FALSE, Reason.UPDATE_FAILED, _update_failure(rollout)
     if observation.deployment is not None and status.get("updatedReplicas", 0) < min(
         desired, status.get("replicas", 0)
     ):
@@ -481,13 +486,21 @@ def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[P
         )
         return _FALSE, Reason.ROLLING_OUT, f"the pods are being replaced: {impact}"
     if rollout.failure is not None and rollout.unfinished:
-        kept = f"; {len(rollout.outdated)} with the previous settings keep running" if rollout.outdated else ""
-        return _FALSE, Reason.UPDATE_FAILED, f"{rollout.failure}{kept}"
+        return _FALSE, Reason.UPDATE_FAILED, _update_failure(rollout)
     if rollout.outdated:
         impact = interruption(pool, living, rollout.outdated, observation.max_surge, observation.running)
         current = len(living) - len(rollout.outdated)
         return _FALSE, Reason.ROLLING_OUT, f"{current} of {len(living)} pods have the current settings: {impact}"
+    if observation.rollback is not None and observation.rollback.rejected_spec is not None:
+        message = f"{observation.rollback.reason}; the pods have the previous settings again, until the spec changes"
+        return _FALSE, Reason.ROLLED_BACK, message
     return _TRUE, Reason.PODS_CURRENT, "every pod has the current settings"
+
+
+def _update_failure(rollout: Rollout) -> str:
+    count = len(rollout.outdated)
+    kept = f"; {count} pod{'' if count == 1 else 's'} with the previous settings keep{'s' * (count == 1)} running"
+    return f"{rollout.failure}{kept if count else ''}"
 
 
 def _scaling(observation: PoolObservation) -> _ConditionState:

@@ -223,6 +223,17 @@ def _pod(pool: ServingPool, settings: PoolSettings) -> Manifest:
         ],
         "containers": [_engine(pool, settings)],
         "volumes": _volumes(pool, settings),
+        # Pods of one template are spread over nodes and zones as far as there is room.
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": key,
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": pod_selector(pool)},
+                "matchLabelKeys": ["pod-template-hash"],
+            }
+            for key in ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
+        ],
         **pool.spec.scheduling.pod_fields(),
     }
 

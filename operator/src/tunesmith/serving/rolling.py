@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 Manifest = dict[str, Any]
 _SPEC_ANNOTATION = "tunesmith.dev/template-spec"
 _CAUSE_ANNOTATION = "tunesmith.dev/template-cause"
-_FIELDS_WITHOUT_EFFECT = {"replicas", "autoscaling", "allowed_namespaces", "rolling_update"}
+FIELDS_WITHOUT_EFFECT = {"replicas", "autoscaling", "allowed_namespaces", "rolling_update"}
 """Fields of a pool's spec that do not affect its pods."""
 _SURGE_SCHEDULING_TIMEOUT = timedelta(seconds=60)
 """Time after which a surge pod that cannot be scheduled is abandoned."""
 _SCHEDULING_TIMEOUT = timedelta(minutes=3)
+_FAILURE_DELAY = timedelta(minutes=1)
+"""Age at which a new pod with a problem makes the replacement fail for good."""
 
 
 class Cause(StrEnum):
@@ -49,8 +51,8 @@ class Rollout:
     `pool`: its namespace and name. `change`: cause of the difference between the desired template and the Deployment's,
     None if they are equal. `serves`: True if it has serving pods. `outdated`: names of pods whose template is not the
     Deployment's. `cause`: cause of the Deployment's template. `unfinished`: True if pods with the Deployment's template
-    do not serve yet, or some are outdated. `failure`: problem of a pod with the Deployment's template.
-    `is_unschedulable`: True if such a pod cannot be scheduled.
+    do not serve yet, or some are outdated. `failure`: problem of a pod with the Deployment's template. `has_failed`:
+    True if that problem lasts. `is_unschedulable`: True if such a pod cannot be scheduled.
     """
 
     pool: str
@@ -60,6 +62,7 @@ class Rollout:
     cause: Cause | None = None
     unfinished: bool = False
     failure: str | None = None
+    has_failed: bool = False
     is_unschedulable: bool = False
 
     @property
@@ -92,7 +95,7 @@ def stamped(deployment: Manifest, pool: ServingPool, cause: Cause) -> Manifest:
     digest = _digest(template)
     metadata = template["metadata"]
     annotations = {**metadata.get("annotations", {}), TEMPLATE_ANNOTATION: digest}
-    own = {TEMPLATE_ANNOTATION: digest, _SPEC_ANNOTATION: _spec_digest(pool), _CAUSE_ANNOTATION: cause.value}
+    own = {TEMPLATE_ANNOTATION: digest, _SPEC_ANNOTATION: spec_digest(pool), _CAUSE_ANNOTATION: cause.value}
     return {
         **deployment,
         "metadata": {**deployment["metadata"], "annotations": own},
@@ -134,7 +137,7 @@ def observe_rollout(
     annotations = deployment["metadata"].get("annotations") or {}
     current = annotations.get(TEMPLATE_ANNOTATION)
     if current != _digest(rendered["spec"]["template"]):
-        same_spec = annotations.get(_SPEC_ANNOTATION) in {None, _spec_digest(pool)}
+        same_spec = annotations.get(_SPEC_ANNOTATION) in {None, spec_digest(pool)}
         return Rollout(name, Cause.INSTALLATION if same_spec else Cause.SPEC, serves)
     updated = [pod for pod in living if pod.template == current]
     outdated = frozenset(pod.name for pod in living if pod.template != current)
@@ -146,6 +149,8 @@ def observe_rollout(
         cause=Cause(cause) if cause in set(Cause) else None,
         unfinished=bool(outdated) or not all(pod.serving for pod in updated),
         failure=_failure(deployment, updated, now),
+        has_failed=_failure(deployment, [pod for pod in updated if now - pod.created >= _FAILURE_DELAY], now)
+        is not None,
         is_unschedulable=bool(outdated)
         and any(_unscheduled(pod) and now - pod.created >= _SURGE_SCHEDULING_TIMEOUT for pod in updated),
     )
@@ -268,8 +273,9 @@ def _unscheduled(pod: PoolPod) -> bool:
     return pod.problem is not None and pod.problem.reason is ServingPoolReason.UNSCHEDULABLE
 
 
-def _spec_digest(pool: ServingPool) -> str:
-    return _digest(pool.spec.model_dump(mode="json", exclude_defaults=True, exclude=_FIELDS_WITHOUT_EFFECT))
+def spec_digest(pool: ServingPool) -> str:
+    """Return the digest of the fields of a pool's spec that affect its pods."""
+    return _digest(pool.spec.model_dump(mode="json", exclude_defaults=True, exclude=FIELDS_WITHOUT_EFFECT))
 
 
 def _digest(document: Mapping[str, Any]) -> str:

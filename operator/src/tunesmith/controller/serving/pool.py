@@ -35,6 +35,7 @@ from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementCache, PoolObservation, PoolPlan, plan, refusal_of_pods
 from tunesmith.serving.poolview import PoolView
 from tunesmith.serving.render import deployment, disruption_budget, isolation, key_secret, reserved
+from tunesmith.serving.rollback import effective_pool, next_rollback
 from tunesmith.serving.rolling import cause_of, needs_room_check, observe_rollout, stamped, surge
 from tunesmith.serving.scale_events import scale_events
 from tunesmith.streams import Tokens
@@ -100,6 +101,7 @@ class ServingPoolReconciler:
             self._rollouts.forget(manifest["metadata"]["uid"])
             await self._state.statuses.write_unreadable(manifest, self._state.pools.error(manifest))
             return Result()
+        declared, pool = pool, effective_pool(pool, pool.status.rollback)
         self._uids[key] = pool.metadata.uid
         self._follow(key, pool)
         if not self._state.settled(pool):
@@ -111,6 +113,8 @@ class ServingPoolReconciler:
         observed, pods = self._state.deployment(pool), self._state.pods(pool)
         rendered = deployment(pool, self._context.settings, decision.replicas)
         rollout = observe_rollout(pool, rendered, observed, pods, self._context.now())
+        rollback = next_rollback(declared, rollout)
+        pool = effective_pool(declared, rollback)
         hold = self._rollouts.record(pool.metadata.uid, rollout, self._state.pools.list)
         needs_check = needs_room_check(pool, decision.replicas, rollout)
         has_room = await self._rollouts.has_room(pool, rendered) if needs_check else None
@@ -124,6 +128,7 @@ class ServingPoolReconciler:
             invalid=invalid,
             unknown_demand=self._state.demand.unknown_reason(time.monotonic()),
             rollout=rollout,
+            rollback=rollback,
             hold=hold,
             running=self._running(pool, attached, rollout),
             busy=self._busy(pool, pods),
