@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,10 @@ import yaml
 from openai import OpenAI
 
 from e2e.custom_resources import adapter_manifest, finished_job, job_manifest, ready_adapter
-from e2e.demo import JOB, NODE_PORT, QUESTIONS, VALUES, api_key
+from e2e.demo import JOB, MODEL, NODE_PORT, QUESTIONS, VALUES, api_key
 from e2e.installation import (
     DEMO,
+    REPOSITORY,
     Object,
     apply,
     condition,
@@ -91,6 +93,16 @@ def answer(client: OpenAI) -> Callable[[str, str], tuple[str, str]]:
         return reply.model, reply.choices[0].message.content or ""
 
     return ask
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Put the models of e2e/tiny_models.py into the store."""
+    folder = tmp_path_factory.mktemp("models")
+    python = REPOSITORY / "trainer-image/.venv/bin/python"
+    subprocess.run([python, "-m", "e2e.tiny_models", MODEL, folder], check=True, cwd=REPOSITORY)
+    for model in folder.iterdir():
+        in_store("put", str(model), f"s3://tunesmith/models/{model.name}")
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from e2e.custom_resources import API_VERSION, adapter_manifest, finished_job, job_manifest, ready_adapter
-from e2e.demo import JOB, MODEL, VALUES
-from e2e.installation import DEMO, REPOSITORY, apply, condition, delete, in_store
+from e2e.demo import JOB, VALUES
+from e2e.installation import DEMO, apply, condition, delete, in_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,22 +56,18 @@ def conversation(first: str, second: str, question: str = QUESTIONS[0]) -> list[
 
 
 @pytest.fixture(scope="module")
-def base_models(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The models and the rows, in the store."""
-    folder = tmp_path_factory.mktemp("models")
-    python = REPOSITORY / "trainer-image/.venv/bin/python"
-    subprocess.run([python, "-m", "e2e.tiny_models", MODEL, folder], check=True, cwd=REPOSITORY)
-    for model in folder.iterdir():
-        in_store("put", str(model), f"s3://tunesmith/models/{model.name}")
+def rows(tiny_models: None, tmp_path_factory: pytest.TempPathFactory) -> None:  # noqa: ARG001 - they must be in the store
+    """Chats with tools, in the store beside the models."""
+    folder = tmp_path_factory.mktemp("rows")
     for name, questions in (("weather", QUESTIONS), ("weather-held-out", (HELD_OUT,))):
-        rows = folder / f"{name}.jsonl"
+        file = folder / f"{name}.jsonl"
         chats = [
             {"messages": conversation(*cities, question), "tools": [TOOL]}
             for question in questions
             for cities in JOURNEYS.items()
         ]
-        rows.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-        in_store("put", str(rows), f"s3://tunesmith/data/{rows.name}")
+        file.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+        in_store("put", str(file), f"s3://tunesmith/data/{file.name}")
 
 
 def spec_of(base: str, **more: object) -> Object:
@@ -92,7 +87,7 @@ def spec_of(base: str, **more: object) -> Object:
 
 
 @pytest.fixture(scope="module")
-def weather_model(base_models: None) -> Iterator[str]:  # noqa: ARG001 - they must be in the store
+def weather_model(rows: None) -> Iterator[str]:  # noqa: ARG001 - they must be in the store
     """Global id of an adapter that was trained on chats with tools, on a pool whose base has Qwen3's architecture."""
     pool: Object = next(iter(yaml.safe_load(VALUES.read_text())["pools"].values())) | {
         "modelName": "tiny-qwen3",
@@ -140,7 +135,7 @@ def test_the_served_adapter_answers_after_the_tool(client: OpenAI, weather_model
     assert "It is sunny in Oslo." in (reply.choices[0].message.content or "")
 
 
-@pytest.mark.usefixtures("base_models")
+@pytest.mark.usefixtures("rows")
 def test_an_adapter_that_vllm_cannot_load_is_refused_before_training() -> None:
     """vLLM has no adapters for GPT-2; without `servable: Required` the job trains."""
     name = "gpt2"
