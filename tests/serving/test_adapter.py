@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterDeployment
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
+from tunesmith.contracts.agent import Residency, ResidencyState
 from tunesmith.contracts.claims import model_name_claim
 from tunesmith.serving.adapter import AdapterObservation, desired_copies, needs_slots, plan
 from tunesmith.serving.resolve import Artifact, Unresolved
@@ -147,6 +149,25 @@ def test_copies_are_counted_by_pods(status: Build, pod: Build) -> None:
     )
     assert (got.desired_replicas, got.replicas, got.ready_replicas) == (3, 2, 1)
     assert shown(got)["Progressing"] == "True Loading"
+
+
+def test_loads_and_bytes_are_listed_by_pod(status: Build, pod: Build) -> None:
+    def loaded(name: str, seconds: float, **more: Any) -> Any:
+        entry = Residency(
+            engine_name=A,
+            digest=artifact("a").digest,
+            state=more.pop("state", ResidencyState.RESIDENT),
+            size_bytes=5000,
+            loads=2,
+            load_seconds=seconds,
+        )
+        built = pod(name)
+        return replace(built, state=built.state.model_copy(update={"adapters": [entry]}))
+
+    got = status(artifact("a"), [loaded("q", 0.5), loaded("p", 0.25), loaded("r", 0.1, state=ResidencyState.LOADING)])
+    (first,) = got.revisions
+    assert first.size_bytes == 5000
+    assert [(found.name, found.loads, found.load_seconds) for found in first.pods] == [("p", 2, 0.25), ("q", 2, 0.5)]
 
 
 def test_a_missing_slot_is_reported(status: Build, pod: Build) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from tunesmith.api.conditions import ServingPoolReason, find
 from tunesmith.autoscale.decide import Decision
+from tunesmith.contracts.agent import PodUse
 from tunesmith.contracts.claims import model_name_claim
 from tunesmith.serving.pod import PoolPod, Problem
 from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
@@ -90,6 +92,47 @@ def test_each_pod_gets_its_complete_list(decide: Build, serving: Build, pod: Bui
     first = got.assigned["p"][0]
     assert (first.digest, first.uri) == ("sha256:" + "a" * 64, "s3://store/team/job-a/artifact")
     assert (got.status.adapters, got.status.registered_adapters, got.status.adapter_capacity) == (2, 3, 8)
+
+
+def test_the_use_of_each_pod_is_reported(decide: Build, serving: Build, pod: Build) -> None:
+    use = PodUse(
+        slots=2,
+        active=["one@" + "a" * 12, "two@" + "b" * 12],
+        waiting=1,
+        disk_bytes=10,
+        disk_limit_bytes=100,
+        memory_bytes=5,
+        memory_limit_bytes=50,
+        reloads=7,
+    )
+    busy = pod("q", holds={"one@" + "a" * 12: "Resident", "two@" + "b" * 12: "Resident"})
+    busy = replace(busy, state=busy.state.model_copy(update={"use": use}))
+    got = decide([busy, pod("p")], [serving("one", "a"), serving("two", "b")], wanted=2, deployed=2).status
+    assert (got.ready, got.active_adapters, got.adapter_slots) == ("2/2", 2, 4)
+    assert [(entry.name, entry.registered, entry.active) for entry in got.pods] == [("p", 0, 0), ("q", 2, 2)]
+    assert got.pods[1].manifest() == {
+        "name": "q",
+        "registered": 2,
+        "active": 2,
+        "waiting": 1,
+        "diskBytes": 10,
+        "diskLimitBytes": 100,
+        "memoryBytes": 5,
+        "memoryLimitBytes": 50,
+        "reloads": 7,
+    }
+    silent = replace(busy, is_reporting=False)
+    assert decide([silent], [serving("one", "a")], deployed=1).status.active_adapters == 0
+
+
+def test_a_busy_adapter_moves_to_a_pod_with_a_free_slot(decide: Build, serving: Build, pod: Build) -> None:
+    names = {name: f"team/{name}@{letter * 12}" for name, letter in (("one", "a"), ("two", "b"), ("three", "c"))}
+    pods = [pod("p", holds=dict.fromkeys(names.values(), "Resident")), pod("q")]
+    adapters = [serving(name, engine[-1]) for name, engine in names.items()]
+    still = decide(pods, adapters, wanted=2, deployed=2)
+    assert lists(still)["q"] == []
+    moving = decide(pods, adapters, wanted=2, deployed=2, busy=frozenset(names.values()))
+    assert len(lists(moving)["q"]) == 1
 
 
 def test_an_adapter_that_cannot_be_loaded_keeps_no_slot(decide: Build, serving: Build, pod: Build) -> None:

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from tunesmith.api.conditions import Condition
 from tunesmith.api.continue_from import FineTuneJobReference
 from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel
-from tunesmith.api.servingpool import MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
+from tunesmith.api.servingpool import MAX_LISTED_PODS, MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
 
 
 class AdapterSource(ApiModel):
@@ -80,6 +80,14 @@ class RevisionState(StrEnum):
     FAILED = "Failed"
 
 
+class RevisionPod(StatusModel):
+    """A revision on one pod."""
+
+    name: str = Field(max_length=253, description="Name of the pod.")
+    loads: int = Field(default=0, description="Number of loads into the engine since the agent's start.")
+    load_seconds: float = Field(default=0.0, description="Seconds that the latest load took.")
+
+
 class Revision(StatusModel):
     """One immutable artifact under the model name."""
 
@@ -97,6 +105,12 @@ class Revision(StatusModel):
     ready_replicas: int = Field(default=0, ge=0, description="Number of ready pods on which the revision is resident.")
     message: str | None = Field(
         default=None, max_length=2048, description="Reason why the revision is not resident on every pod."
+    )
+    size_bytes: int | None = Field(default=None, description="Size of the revision's files on a pod.")
+    pods: list[RevisionPod] = Field(
+        default_factory=list,
+        max_length=MAX_LISTED_PODS,
+        description=f"Pods on which the revision is resident; the first {MAX_LISTED_PODS}.",
     )
 
 

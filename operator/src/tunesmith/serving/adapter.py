@@ -14,11 +14,12 @@ from tunesmith.api.adapterdeployment import (
     AdapterPhase,
     PoolReference,
     Revision,
+    RevisionPod,
     RevisionState,
 )
 from tunesmith.api.conditions import AdapterDeploymentCondition, ConditionStatus
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
-from tunesmith.api.servingpool import ServingPool
+from tunesmith.api.servingpool import MAX_LISTED_PODS, ServingPool
 from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.sentence import one_line
@@ -172,6 +173,11 @@ def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
         if not pod.stopping and (entry := pod.residency(revision.engine_name)) is not None
     ]
     resident = [pod for pod, entry in found if entry.state is ResidencyState.RESIDENT]
+    loaded = [
+        RevisionPod(name=pod.name, loads=entry.loads, load_seconds=entry.load_seconds)
+        for pod, entry in found
+        if entry.state is ResidencyState.RESIDENT
+    ]
     has_failed = revision.state is RevisionState.FAILED
     failures = [(pod, entry) for pod, entry in found if entry.state is ResidencyState.FAILED]
     message = (
@@ -193,6 +199,8 @@ def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
             "state": state,
             "ready_replicas": sum(1 for pod in resident if pod.ready and pod.answering),
             "message": one_line(message, _MAX_MESSAGE_LENGTH) if message else None,
+            "size_bytes": max((entry.size_bytes for _, entry in found), default=0) or None,
+            "pods": sorted(loaded, key=lambda pod: pod.name)[:MAX_LISTED_PODS],
         }
     )
 
