@@ -311,7 +311,7 @@ async def test_more_copies_than_pods_are_reported(world: World) -> None:
     await world.pool()
     await world.train("talk")
     await world.serve("pirate", "talk", replicas=2)
-    found = await world.until_condition("pirate", "Progressing", "True", "NoFreeSlot")
+    found = await world.until_condition("pirate", "Progressing", "True", "PoolFull")
     assert "the pool has 1 pod and two copies never share one" in found["message"]
 
 

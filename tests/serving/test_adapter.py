@@ -13,7 +13,7 @@ from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.agent import Residency, ResidencyState
 from tunesmith.contracts.claims import model_name_claim
-from tunesmith.serving.adapter import AdapterObservation, desired_copies, needs_slots, plan
+from tunesmith.serving.adapter import AdapterObservation, desired_copies, needs_room, plan
 from tunesmith.serving.resolve import Artifact, Unresolved
 
 if TYPE_CHECKING:
@@ -172,13 +172,13 @@ def test_loads_and_bytes_are_listed_by_pod(status: Build, pod: Build) -> None:
 
 def test_a_missing_slot_is_reported(status: Build, pod: Build) -> None:
     got = status(artifact("a"), [pod("p")], unplaced={A: "all 1 slots are taken"})
-    assert shown(got)["Ready"] == "False NoFreeSlot"
-    assert message(got, "Ready") == "no adapter slot is free for revision aaaaaaaaaaaa: all 1 slots are taken"
+    assert shown(got)["Ready"] == "False PoolFull"
+    assert message(got, "Ready") == "no pod has room for revision aaaaaaaaaaaa: all 1 slots are taken"
 
 
 def test_an_adapter_with_more_copies_than_pods_serves_and_reports_the_missing_slot(status: Build, pod: Build) -> None:
     got = status(artifact("a"), [pod("p", holds={A: "Resident"})], copies=2, unplaced={A: "the pool has 1 pod"})
-    assert shown(got) == {"Resolved": "True Resolved", "Ready": "True Resident", "Progressing": "True NoFreeSlot"}
+    assert shown(got) == {"Resolved": "True Resolved", "Ready": "True Resident", "Progressing": "True PoolFull"}
     assert got.revisions[0].message == "the pool has 1 pod"
 
 
@@ -312,9 +312,9 @@ def test_desired_copies(revision: Build) -> None:
     assert desired(revision("b", state="Failed"), revision("a", state="Resident", ready=1)) == [("a", 3), ("b", 1)]
 
 
-def test_an_adapter_that_cannot_be_loaded_needs_no_slots(adapter: Build, revision: Build) -> None:
+def test_an_adapter_that_cannot_be_loaded_needs_no_room(adapter: Build, revision: Build) -> None:
     def needs(*revisions: Revision) -> bool:
-        return needs_slots(adapter(status={"revisions": [entry.manifest() for entry in revisions]}))
+        return needs_room(adapter(status={"revisions": [entry.manifest() for entry in revisions]}))
 
     assert not needs()
     assert not needs(revision("a", state="Failed"))

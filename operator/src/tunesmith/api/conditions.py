@@ -329,7 +329,7 @@ class AdapterDeploymentReason(Reason):
     )
     POOL_NOT_READY = _normal("PoolNotReady", "No pod of the pool is ready.")
     AGENT_SILENT = _warning("AgentSilent", "The agent of a pod that had the adapter does not report.")
-    NO_FREE_SLOT = _warning("NoFreeSlot", "No pod of the pool has a free adapter slot.")
+    POOL_FULL = _warning("PoolFull", "No pod of the pool has room for the adapter (engine.maxAdapters).")
     LOADING = _normal("Loading", "The newest revision is being loaded.")
     SETTLED = _detail("Settled", "The newest revision is resident on desiredReplicas ready pods.")
     DEMAND_KNOWN = _detail("DemandKnown", "Every gateway reports its requests.")

@@ -45,8 +45,8 @@ class AdapterObservation:
     """Observed state from which an AdapterDeployment's status is computed.
 
     `lost_to`: older claim that holds the model name, None if this adapter holds it. `pods`: pods of the chosen pool, or
-    of the one that keeps serving. `unplaced`: reason why copies have no slot, by engine name. `decision`: number of
-    desired copies. `unknown_demand`: reason why the demand is not completely known, None if it is.
+    of the one that keeps serving. `unplaced`: reason why there is no room for copies, by engine name. `decision`:
+    number of desired copies. `unknown_demand`: reason why the demand is not completely known, None if it is.
     """
 
     artifact: Artifact | Unresolved
@@ -109,7 +109,7 @@ def _pool(adapter: AdapterDeployment, observation: AdapterObservation) -> PoolRe
 def desired_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Revision, int]]:
     """Return each revision with the number of pods that should hold it, serving revisions first.
 
-    A revision that failed permanently is tried on one pod if a slot is free, since a newer pod may be able to load it.
+    A revision that failed permanently is tried on one pod if it has room, since a newer pod may be able to load it.
     """
     if not revisions:
         return []
@@ -119,7 +119,7 @@ def desired_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Re
     return [*((revision, max(1, min(desired, revision.ready_replicas))) for revision in older), (newest, desired)]
 
 
-def needs_slots(adapter: AdapterDeployment) -> bool:
+def needs_room(adapter: AdapterDeployment) -> bool:
     """Return True if the adapter has a revision that is not known to fail on the pool."""
     return any(revision.state is not RevisionState.FAILED for revision in adapter.status.revisions)
 
@@ -188,7 +188,7 @@ def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
     if resident:
         state = RevisionState.RESIDENT
     elif has_failed or any(entry.permanent for _, entry in failures):
-        # It stays failed while it is retried or has no slot, so that it does not compete with loadable revisions.
+        # It stays failed while it is retried or has no place, so that it does not compete with loadable revisions.
         state = RevisionState.FAILED
     elif failures or any(entry.state in _IN_PROGRESS for _, entry in found):
         state = RevisionState.LOADING
@@ -311,9 +311,9 @@ class _ConditionBuilder:
         if newest.engine_name in self.observation.unplaced:
             return (
                 True,
-                Reason.NO_FREE_SLOT,
+                Reason.POOL_FULL,
                 (
-                    f"no adapter slot is free for revision {short(newest.digest)}: "
+                    f"no pod has room for revision {short(newest.digest)}: "
                     f"{self.observation.unplaced[newest.engine_name]}"
                 ),
             )

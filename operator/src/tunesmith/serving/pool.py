@@ -75,7 +75,7 @@ class PoolPlan:
 
     `replicas`: replicas of the Deployment. `assigned`: complete list of each pod's adapters, by pod name. `costs`:
     pod-deletion-cost to set, by pod name, so that the Deployment's controller deletes the pods that the plan chose.
-    `gates`: readiness gates to set, by pod name. `unplaced`: reason why copies have no slot, by engine name.
+    `gates`: readiness gates to set, by pod name. `unplaced`: reason why there is no room for copies, by engine name.
     """
 
     replicas: int
@@ -235,7 +235,7 @@ def _placement(
     next_pod = _next_to_be_replaced(observation, staying, leaving, counts)
     if next_pod is None:
         return placement, leaving
-    # Without a surge pod, the next pod is emptied while the previous one's replacement starts, if others have slots.
+    # Without a surge pod, the next pod is emptied while the previous one's replacement starts, if others have room.
     with_next = place(desired, pods(leaving | {next_pod}), capacity, slots=slots, spread=observation.spread)
     fits = sum(entry.copies for entry in with_next.unplaced) <= sum(entry.copies for entry in placement.unplaced)
     return (with_next, leaving | {next_pod}) if fits else (placement, leaving)

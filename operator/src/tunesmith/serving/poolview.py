@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PoolView:
-    """Pods of a pool, and the reasons why copies have no slot, by engine name."""
+    """Pods of a pool, and the reasons why there is no room for copies, by engine name."""
 
     pods: Sequence[PoolPod]
     unplaced: Mapping[str, str]

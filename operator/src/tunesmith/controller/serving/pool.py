@@ -30,7 +30,7 @@ from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of,
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import MODEL
-from tunesmith.serving.adapter import needs_slots
+from tunesmith.serving.adapter import needs_room
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementCache, PoolObservation, PoolPlan, plan, refusal_of_pods
 from tunesmith.serving.poolview import PoolView
@@ -211,7 +211,7 @@ class ServingPoolReconciler:
         if rule is None:
             self._state.forget_window(pool.metadata.uid)
             return Decision(pool.spec.replicas, f"spec.replicas is {pool.spec.replicas}"), True
-        copies = {adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if needs_slots(adapter)}
+        copies = {adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if needs_room(adapter)}
         slots = pool.spec.engine.max_loras
         floor, why = pods_for_copies(copies, pool.spec.engine.adapter_capacity)
         window = self._state.window(pool.metadata.uid, copies, rule.scale_down_delay_seconds, floor, pool.model)

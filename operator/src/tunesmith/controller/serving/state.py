@@ -93,7 +93,7 @@ class ServingState:
         self.demand = DemandTracker(STALE_AFTER_SECONDS, on_first_requests=self._wake_model)
         self.gateways = GatewayLinks(context, self.demand)
         self.unplaced: dict[str, Mapping[str, str]] = {}
-        """Reasons why copies have no slot, by pool UID and engine name."""
+        """Reasons why there is no room for copies, by pool UID and engine name."""
         self._windows: dict[str, tuple[float, Window]] = {}
         self._attached: dict[str, tuple[object, tuple[AdapterDeployment, ...]]] = {}
         self._pods: dict[str, dict[str, _ObservedPod]] = {}
