@@ -219,8 +219,10 @@ async def measure(
         say("each adapter once, with the base model between them")
         numbers = [number for i in range(settings.adapters) for number in ((i, -1) if i % 4 == 0 else (i,))]
         outcome = await load.each(http, ours.endpoint, numbers, markers, PROMPT, clients=settings.clients)
+        say(f"{outcome.figures()}")
+        if outcome.failed:
+            raise RuntimeError(f"{len(outcome.failed)} requests failed, such as {outcome.failed[0]}")
         results.put("all", outcome.figures())
-        say(f"{results.values['all']}")
     for repeat in range(settings.repeats):
         for size in settings.sizes:
             for distribution in ("uniform", "zipf"):

@@ -1,7 +1,7 @@
 """Gateway of the benchmark: `tunesmith-gateway` with pods that share this machine, each with ports of its own.
 
 Run as `python -m benchmarks.density.gateway_process PORTS …`, where PORTS is the JSON of [engine port, agent port] by
-pod. Objects of the cluster come from standard input, one per line.
+UID of the pod. Objects of the cluster come from standard input, one per line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Backend(backends.Backend):
     """A pod with its own ports."""
 
     def __init__(self, pod: Any, keys: Any, _engine_port: int, _agent_port: int) -> None:
-        super().__init__(pod, keys, *PORTS[pod.name])
+        super().__init__(pod, keys, *PORTS[pod.uid])
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ class Gateway:
         (self.folder / "key").write_bytes(keys_file(GATEWAY_KEYS))
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        ports = {pod.name: (pod.pod.engine_port, pod.pod.agent_port) for pod in self.pods}
+        ports = {pod.uid: (pod.pod.engine_port, pod.pod.agent_port) for pod in self.pods}
         arguments = [
             f"--namespace={OWN_NAMESPACE}",
             f"--gateway-key-file={self.folder / 'key'}",
