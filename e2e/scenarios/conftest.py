@@ -12,7 +12,7 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from e2e.custom_resources import adapter_manifest, finished_job, job_manifest, ready_adapter
+from e2e.custom_resources import adapter_manifest, finished_job, job_manifest, pool_pods, ready_adapter
 from e2e.demo import JOB, MODEL, NODE_PORT, QUESTIONS, VALUES, api_key
 from e2e.installation import (
     DEMO,
@@ -24,11 +24,13 @@ from e2e.installation import (
     gateway_address,
     get,
     in_store,
+    until,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+SETTLED_SECONDS = 300
 SECOND = "second"
 SECOND_ANSWER = "The answer is known to the lighthouse keeper only."
 
@@ -50,8 +52,15 @@ def main_job() -> Object:
 
 @pytest.fixture(scope="session")
 def pool() -> str:
-    """Name of the demo's pool."""
+    """Name of the demo's pool, once its pods have the settings of this checkout."""
     [name] = yaml.safe_load(VALUES.read_text())["pools"]
+
+    def settled() -> bool:
+        found = get("servingpool", name, DEMO)
+        desired = ((found or {}).get("status") or {}).get("desiredReplicas")
+        return condition(found, "Updated")["status"] == "True" and len(pool_pods(name)) == desired
+
+    until(f"the pods of pool {name} are updated", settled, SETTLED_SECONDS)
     return str(name)
 
 
