@@ -15,6 +15,7 @@ from tunesmith.api.dataset import LossOn
 from tunesmith.api.finetunejob_status import DropReason
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.data import IGNORED, Encoder, Row, RowForm
+from tunesmith_trainer.data.served import ServedForm
 from tunesmith_trainer.data.template import RowRejectedError
 from tunesmith_trainer.errors import InvalidSpecError, TrainerError
 
@@ -55,7 +56,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "phi3": WITHOUT_REASONING | WITHOUT_TOOLS,
     "phi4": WITHOUT_REASONING | WITHOUT_TOOLS,
     "mistral": WITHOUT_REASONING,
-    "deepseek-r1": dict.fromkeys(CASES, "renders the question differently"),
+    "deepseek-r1": WITHOUT_TOOLS,
     "granite": WITHOUT_REASONING,
     "cohere": WITHOUT_REASONING | WITHOUT_TOOLS,
 }
@@ -65,6 +66,7 @@ SPLIT = {
     "mistral": {"system", "tools twice"},
     "harmony": {"multi", "system", "reasoning", "tools twice"},
     "glm4.5": {"reasoning"},
+    "deepseek-r1": {"multi", "system", "reasoning"},
 }
 
 
@@ -86,11 +88,12 @@ def learned_runs(labels: list[int]) -> list[tuple[int, int]]:
 
 def assert_as_served(tokenizer: Any, ends: list[int], chat: dict[str, Any], rows: list[Any]) -> None:
     """Assert that each answer is learned once, after the tokens of its prompt, up to its only end token."""
-    prompts = {}
+    prompts, form = {}, ServedForm.of(tokenizer.chat_template)
     for number, message in enumerate(chat["messages"]):
         if message["role"] == "assistant":
+            earlier = form.roles(form.chat(chat)["messages"][:number])
             text = tokenizer.apply_chat_template(
-                chat["messages"][:number], tools=chat.get("tools"), add_generation_prompt=True, tokenize=False
+                earlier, tools=chat.get("tools"), add_generation_prompt=True, tokenize=False
             )
             prompts[number] = tokenizer(text, add_special_tokens=False)["input_ids"]
     runs = [(row, begin, end) for row in rows for begin, end in learned_runs(row.labels)]
@@ -116,14 +119,30 @@ def test_what_is_learned_is_what_is_served(base_model: Path, name: str, case: st
             encoder.encode(row)
         return
     rows = encoder.encode(row)
-    developer = CASES[case]["messages"][0]["role"] == "developer" and name not in {"chatml", "harmony", "llama3"}
-    chat = CASES["single"] | {"messages": [SYSTEM, ONE, UNO]} if developer and name in SYSTEM_ONLY else CASES[case]
-    assert_as_served(tokenizer, ends, chat, rows)
+    assert_as_served(tokenizer, ends, CASES[case], rows)
     assert (len(rows) > 1) == (case in SPLIT.get(name, ()))
 
 
-SYSTEM_ONLY = {"qwen2.5", "qwen3", "qwen3.5", "phi4"}
-"""Styles that do not render the role developer: its text is rendered as the system's."""
+@pytest.mark.parametrize("name", STYLES)
+def test_the_developer_is_the_system_for_templates_that_do_not_know_it(base_model: Path, name: str) -> None:
+    if "developer" in REFUSED.get(name, {}):
+        return
+    tokenizer, ends = tokenizer_of(base_model, STYLES[name])
+    chats = [CASES["developer"], {"messages": [SYSTEM, ONE, UNO]}]
+    rows = [Encoder(tokenizer, ends).encode(Row(RowForm.MESSAGES, chat, "line 1")) for chat in chats]
+    assert rows[0] == rows[1]
+
+
+def test_a_template_that_knows_the_developer_gets_it(base_model: Path) -> None:
+    knowing = "{% if m.role == 'developer' %}{% endif %}"
+    template = STYLES["chatml"].template.replace("<|im_start|>", f"{knowing}<|im_start|>", 1)
+    tokenizer, ends = tokenizer_of(base_model, Style(template))
+    chat = {"messages": [SYSTEM, DEVELOPER, ONE, UNO]}
+    (tokens,) = Encoder(tokenizer, ends).encode(Row(RowForm.MESSAGES, chat, "line 1"))
+    assert "<|im_start|>developer\nBe brief.<|im_end|>" in tokenizer.decode(tokens.input_ids)
+    tokenizer, ends = tokenizer_of(base_model, STYLES["chatml"])
+    (tokens,) = Encoder(tokenizer, ends).encode(Row(RowForm.MESSAGES, chat, "line 1"))
+    assert "<|im_start|>system\nBe brief.\n\nBe brief.<|im_end|>" in tokenizer.decode(tokens.input_ids)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +186,12 @@ SYSTEM_ONLY = {"qwen2.5", "qwen3", "qwen3.5", "phi4"}
             "reasoning",
             [["\n<think>Because one.</think>\nUno.<|user|>"], ["\n<think>Because two.</think>\nDue.<|user|>"]],
         ),
+        ("deepseek-r1", "multi", [["\n</think>\n\nUno.<|eos|>"], ["\n</think>\n\nDue.<|eos|>"]]),
+        (
+            "deepseek-r1",
+            "reasoning",
+            [["Because one.\n</think>\n\nUno.<|eos|>"], ["Because two.\n</think>\n\nDue.<|eos|>"]],
+        ),
     ],
 )
 def test_learned_texts(base_model: Path, name: str, case: str, expected: list[list[str]]) -> None:
@@ -201,7 +226,7 @@ def test_an_answer_of_weight_0_gets_no_row_of_its_own(base_model: Path) -> None:
         ("llama3", [ONE, CALLS | {"content": "I look it up."}, RAIN, UNO], "message 2 (assistant): 'content'"),
         ("llama3", [ONE | {"name": "Ann"}, UNO], "message 1 (user): 'name'"),
         ("phi4", [ONE, UNO, RAIN, DUE], "message 3 (tool): 'content'"),
-        ("deepseek-r1", [ONE, UNO | {"weight": 0}, TWO, DUE], "renders the question differently"),
+        ("deepseek-r1", CASES["tools"]["messages"], "message 2 (assistant): 'tool_calls'"),
     ],
 )
 def test_parts_that_are_not_rendered(base_model: Path, name: str, chat: list[dict[str, Any]], omitted: str) -> None:
@@ -217,16 +242,34 @@ def test_the_name_of_a_called_function_is_rendered_with_its_call(base_model: Pat
     assert len(Encoder(tokenizer, ends).encode(Row(RowForm.MESSAGES, chat, "line 1"))) == 1
 
 
-def test_reasoning_inside_the_content_does_not_disappear(base_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "learned"),
+    [
+        ("chatml", "<think>\nHm.\n</think>\n\nUno.", "<think>\nHm.\n</think>\n\nUno.<|im_end|>"),
+        ("deepseek-r1", "<think>\nHm.\n</think>\n\nUno.", "Hm.\n</think>\n\nUno.<|eos|>"),
+        ("deepseek-r1", "Hm.\n</think>\n\nUno.", "Hm.\n</think>\n\nUno.<|eos|>"),
+    ],
+)
+def test_reasoning_that_a_template_removes_from_the_content_is_learned(
+    base_model: Path, name: str, content: str, learned: str
+) -> None:
+    """The model generates it; the template removes it from the messages that a client sends back."""
+    dropping = STYLES[name].template.replace("m.content }}", "m.content.split('</think>')[-1] | trim }}")
+    tokenizer, ends = tokenizer_of(base_model, Style(dropping, STYLES[name].ends, STYLES[name].others))
+    chat = {"messages": [ONE, UNO | {"content": content}, TWO, DUE]}
+    first, *_ = Encoder(tokenizer, ends).encode(Row(RowForm.MESSAGES, chat, "line 1"))
+    (begin, end), *_ = learned_runs(first.labels)
+    assert tokenizer.decode(first.input_ids[begin:end]) == learned
+
+
+def test_text_inside_the_content_does_not_disappear(base_model: Path) -> None:
     """The shape of the chat does not show it."""
-    dropping = STYLES["chatml"].template.replace("m.content", "m.content.split('</think>')[-1]")
+    dropping = STYLES["chatml"].template.replace("m.content", "m.content.split('|')[-1]")
     tokenizer, ends = tokenizer_of(base_model, Style(dropping))
     encoder = Encoder(tokenizer, ends)
     encoder.encode(Row(RowForm.MESSAGES, CASES["single"], "line 1"))
     with pytest.raises(RowRejectedError, match=r"line 2: message 2 \(assistant\): 'content' is not rendered"):
-        encoder.encode(
-            Row(RowForm.MESSAGES, {"messages": [ONE, UNO | {"content": "<think>Hm.</think>Uno."}]}, "line 2")
-        )
+        encoder.encode(Row(RowForm.MESSAGES, {"messages": [ONE, UNO | {"content": "Hm.|Uno."}]}, "line 2"))
 
 
 def test_a_prompt_is_tokenised_without_the_answer(base_model: Path) -> None:
@@ -260,19 +303,13 @@ def test_templates_of_installed_packages(base_model: Path, name: str) -> None:
     tokenizer, end_tokens = tokenizer_of(base_model, Style(INSTALLED[name], ends))
     encoder, learned = Encoder(tokenizer, end_tokens), set()
     for case, chat in CASES.items():
-        if case == "developer":
-            continue
         try:
             rows = encoder.encode(Row(RowForm.MESSAGES, chat, "line 1"))
         except (RowRejectedError, InvalidSpecError):
             continue
         assert_as_served(tokenizer, end_tokens, chat, rows)
         learned.add(case)
-    writes_reasoning = name.startswith(("deepseek", "nemotron"))
-    """Their prompts begin the reasoning, so only answers with reasoning follow them."""
-    wants_parts = name.startswith(("idefics", "llava", "smolvlm"))
-    """Content of their messages is a list."""
-    assert writes_reasoning or wants_parts or "single" in learned
+    assert "single" in learned
 
 
 def test_a_split_chat_is_counted_and_stays_together(bench: Workbench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,17 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import Dataset
 from tunesmith.api.finetunejob_status import DropReason, IgnoredKey
 from tunesmith.api.objective import ObjectiveName
+from tunesmith_trainer.base_model import model
+from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.data.formats import DataFile
+from tunesmith_trainer.data.forms import FORMS, RowForm
 from tunesmith_trainer.data.report import RowReport
-from tunesmith_trainer.data.rows import FORMS, RowForm, read
+from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.data.sources import Source
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+from tunesmith_trainer.manifest import load_job
+from tunesmith_trainer.preflight.prepare import prepare
+from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -123,17 +130,127 @@ def test_columns_of_system_prompts_and_earlier_turns_can_be_named(tmp_path: Path
     assert value == {"messages": [system(PIRATE), user("a"), answer("b"), user("c"), answer("d")]}
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"system": "sytem"},
+            "dataset.columns.system is 'sytem', a column that no row has: did you mean system?",
+        ),
+        ({"tools": "functions"}, "dataset.columns.tools is 'functions', a column that no row has: The first row has"),
+        ({"text": "body"}, "dataset.columns.text is 'body', a column that no row has"),
+    ],
+)
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+def test_a_mistyped_optional_column_is_refused(
+    bench: Workbench, columns: dict[str, str], message: str, extension: str
+) -> None:
+    rows = [{**row, "system": PIRATE, "id": number} for number, row in enumerate(chat_rows(4))]
+    file = bench.folder / f"rows.{extension}"
+    if extension == "jsonl":
+        write_rows(file, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    ran = validated(bench, {"train": [{"uri": f"file://{file}"}], "columns": columns})
+    assert ran.result.reason is FailureReason.INVALID_SPEC
+    assert message in ran.result.message
+
+
+def test_an_optional_column_may_be_in_some_of_the_rows_only(bench: Workbench) -> None:
+    rows = chat_rows(5)
+    rows[3]["functions"] = "[]"
+    file = write_rows(bench.folder / "rows.jsonl", rows)
+    held = write_rows(bench.folder / "held.jsonl", [chat_row("a", "b")])
+    dataset = {"train": [{"uri": f"file://{file}"}], "columns": {"tools": "functions"}}
+    counted(validated(bench, dataset | {"validation": [{"uri": f"file://{held}"}]}))
+
+
+IMAGES: dict[str, tuple[Any, list[bool]]] = {
+    "image": ([None, {"bytes": b"x" * 100, "path": None}, None, None], [True, False, True, True]),
+    "images": ([[], [{"bytes": b"x" * 100, "path": "a.png"}], None, []], [True, False, True, True]),
+    "video": ([None, "a.mp4", "", None], [True, False, True, True]),
+}
+
+
+@pytest.mark.parametrize("extension", ["parquet", "arrow", "jsonl"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_rows_with_images_are_counted(tmp_path: Path, name: str, extension: str) -> None:
+    given, used = IMAGES[name]
+    rows = [row | {name: value} for row, value in zip(chat_rows(4), given, strict=True)]
+    file = tmp_path / f"rows.{extension}"
+    if extension == "jsonl":
+        write_rows(file, json.loads(json.dumps(rows, default=repr)))
+    elif extension == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(str(file), table.schema) as writer:
+            writer.write_table(table)
+    kept, report = found(file)
+    assert kept == [row for row, use in zip(chat_rows(4), used, strict=True) if use]
+    where = "line" if extension == "jsonl" else "row"
+    assert report.examples == {
+        DropReason.NOT_RENDERED: [
+            f"rows.{extension} {where} 2: has '{name}', and only text can be learned: remove that column"
+        ]
+    }
+
+
+def test_rows_with_parts_that_are_not_text_are_counted(tmp_path: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": "https://host/a.png"}}
+    given, text = dropped(tmp_path, {"messages": [{**user("a"), "content": [part]}, answer("b")]})
+    assert (given, text) == (
+        DropReason.NOT_RENDERED,
+        "message 1 (user): 'content' has a part that is not text, and only text can be learned: remove it",
+    )
+    given, text = dropped(tmp_path, {"messages": [{**user("a"), "images": ["a.png"]}, answer("b")]})
+    assert (given, text) == (
+        DropReason.NOT_RENDERED,
+        "message 1: has 'images', and only text can be learned: remove it",
+    )
+
+
 def call(name: str, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {**more, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 MESSAGES: dict[str, tuple[list[Any], list[dict[str, Any]]]] = {
-    "developer": ([{"role": "developer", "content": "Be brief."}, user("a"), answer("b")], [system("Be brief.")]),
+    "developer": (
+        [{"role": "developer", "content": "Be brief.", "name": None}, user("a"), answer("b")],
+        [{"role": "developer", "content": "Be brief."}],
+    ),
     "prompter": ([{"role": "prompter", "text": "a"}, {"role": "assistant", "text": "b"}], []),
     "capitals": ([{"role": "Human", "content": "a"}, {"role": "Model", "content": "b"}], []),
     "human and gpt": ([{"from": "human", "value": "a", "id": 7}, {"from": "gpt", "value": "b"}], []),
     "user and bot": ([{"from": "user", "value": "a"}, {"from": "bot", "value": "b", "annotations": []}], []),
 }
+
+
+PARTS: dict[str, tuple[Any, Any]] = {
+    "one part": ([{"type": "text", "text": "a"}], "a"),
+    "a text": (["a"], "a"),
+    "a part of another interface": ([{"type": "input_text", "text": "a"}], "a"),
+    "several parts": (
+        ["a", {"type": "text", "text": "b", "name": None}],
+        [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_content_in_parts(tmp_path: Path, name: str) -> None:
+    given, expected = PARTS[name]
+    (value,) = values(tmp_path, {"messages": [{"role": "user", "content": given}, answer("b")]})
+    assert value["messages"][0]["content"] == expected
+
+
+def test_properties_of_parts_are_counted(tmp_path: Path) -> None:
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    rows, report = found(
+        write_rows(tmp_path / "rows.jsonl", [{"messages": [{**user(""), "content": [part]}, answer("b")]}])
+    )
+    assert rows == [chat_row("a", "b")]
+    assert report.ignored() == [IgnoredKey(key="cache_control", messages=1)]
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -190,6 +307,8 @@ TOOLS: dict[str, tuple[Any, list[Any]]] = {
     "a list of JSON texts": ([json.dumps(TOOL)], [TOOL]),
     "a function without an envelope": ([BARE], [TOOL]),
     "one tool": (TOOL, [TOOL]),
+    "a function of another interface": ([{"type": "function", **BARE}], [TOOL]),
+    "a schema by another name": ([{"name": "weather", "input_schema": BARE["parameters"]}], [TOOL]),
 }
 
 
@@ -198,6 +317,17 @@ def test_tools_of_other_layouts(tmp_path: Path, name: str) -> None:
     given, expected = TOOLS[name]
     (value,) = values(tmp_path, {**chat_row("a", "b"), "tools": given})
     assert value.get("tools", []) == expected
+
+
+def test_keys_of_functions_that_no_template_receives_are_counted(tmp_path: Path) -> None:
+    row = {**chat_row("a", "b"), "tools": [{**TOOL, "function": {**BARE, "returns": {"type": "string"}}}]}
+    _, report = found(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert report.ignored() == [IgnoredKey(key="tools.returns", messages=1)]
+
+
+def test_tools_that_are_not_functions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetInvalidError, match="'tools' has an entry without 'function' and its 'name'"):
+        values(tmp_path, {**chat_row("a", "b"), "tools": [{"type": "code_interpreter"}]})
 
 
 def test_nulls_that_only_fill_up_the_structs_of_a_columnar_file_are_removed(tmp_path: Path) -> None:
@@ -550,17 +680,32 @@ def test_held_out_rows_are_those_of_the_validation_split(bench: Workbench) -> No
     assert [source.split for source in preflight.sources or []] == ["train", "test"]
 
 
-def test_long_texts_are_split_on_request(bench: Workbench) -> None:
-    text = "The lighthouse of Brinewick is painted green. " * 30
-    write_rows(bench.folder / "texts.jsonl", [{"text": text}, {"text": "A door."}, {"text": "A boat."}])
-    dataset = {"train": [{"uri": f"file://{bench.folder}/texts.jsonl"}], "maxLength": 64, "validationFraction": 0.2}
+def test_long_texts_are_split_on_request(bench: Workbench, tmp_path: Path) -> None:
+    long = "".join(f"The lighthouse of Brinewick has {number} steps. " for number in range(40))
+    texts = [long, "A door.", "A boat."]
+    write_rows(bench.folder / "texts.jsonl", [{"text": text} for text in texts])
+    held = write_rows(bench.folder / "held.jsonl", [{"text": "A house."}])
+    dataset = {
+        "train": [{"uri": f"file://{bench.folder}/texts.jsonl"}],
+        "validation": [{"uri": f"file://{held}"}],
+        "maxLength": 64,
+    }
     assert counted(validated(bench, dataset | {"overlong": "Drop"})).chunked_rows is None
-    whole = counted(validated(bench, dataset | {"maxLength": 512}))
     preflight = counted(validated(bench, dataset | {"overlong": "Chunk"}))
-    assert preflight.chunked_rows == 1
-    assert (preflight.rows or 0) + (preflight.validation_rows or 0) > 5
-    assert preflight.dropped is None
-    assert whole.tokens is not None
+    assert (preflight.chunked_rows, preflight.dropped) == (1, None)
+    stores = Stores(secrets=bench.folder, allow_file=True)
+    rows = prepare(load_job(bench.folder / "job.yaml"), stores, tmp_path / "work", weights=False).train
+    tokenizer = model.load_tokenizer(bench.base, "the tiny model")
+    whole = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    parts = [list(row["input_ids"]) for row in rows]
+    assert [*itertools.chain(*parts)] == [*itertools.chain(*whole)]
+    count = -(-len(whole[0]) // 64)
+    assert len(parts) == count + 2 == preflight.rows
+    sizes = [len(part) for part in parts[:count]]
+    assert max(sizes) <= 64
+    assert max(sizes) - min(sizes) <= 1
+    # Of every part all tokens are learned but the first, which nothing precedes.
+    assert [list(row["labels"]) for row in rows] == [[IGNORED, *part[1:]] for part in parts]
 
 
 def test_rows_with_an_answer_are_not_split(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from tunesmith.api.dataset import Dataset
 from tunesmith_trainer.data.formats import DataFile
+from tunesmith_trainer.data.forms import RowForm
 from tunesmith_trainer.data.report import RowReport
-from tunesmith_trainer.data.rows import RowForm, read
+from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.data.sources import Source
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/data.md"

@@ -18,9 +18,10 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import Dataset
 from tunesmith.api.objective import ObjectiveName
 from tunesmith_trainer.data.formats import DataFile, records
+from tunesmith_trainer.data.forms import FORMS as FORMS_OF
+from tunesmith_trainer.data.forms import SFT_FORMS, RowForm
 from tunesmith_trainer.data.report import RowReport
-from tunesmith_trainer.data.rows import FORMS as FORMS_OF
-from tunesmith_trainer.data.rows import SFT_FORMS, Row, RowForm, read
+from tunesmith_trainer.data.rows import Row, read
 from tunesmith_trainer.data.sources import Source
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
@@ -198,7 +199,7 @@ FORMS: dict[str, tuple[dict[str, Any], RowForm, dict[str, Any]]] = {
         {
             "messages": [
                 {"role": "system", "content": ""},
-                {"role": "user", "content": "One?\nNow."},
+                {"role": "user", "content": [{"type": "text", "text": "One?"}, {"type": "text", "text": "Now."}]},
                 {"role": "assistant", "content": "Uno.", "weight": 1},
             ]
         },

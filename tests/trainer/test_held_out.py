@@ -13,8 +13,8 @@ from tunesmith.api.finetunejob_status import AlsoTrained
 from tunesmith.api.objective import ObjectiveName
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.data import Encoder
+from tunesmith_trainer.data.forms import FORMS
 from tunesmith_trainer.data.loading import Rows, load
-from tunesmith_trainer.data.rows import FORMS
 from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:

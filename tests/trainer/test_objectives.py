@@ -19,8 +19,9 @@ from tunesmith.api import dataset as api
 from tunesmith.api.objective import DpoFields, KtoFields, Objective, ObjectiveName, OrpoFields
 from tunesmith_trainer.data import Encoder
 from tunesmith_trainer.data.formats import DataFile
+from tunesmith_trainer.data.forms import FORMS
 from tunesmith_trainer.data.report import RowReport
-from tunesmith_trainer.data.rows import FORMS, read
+from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.data.sources import Source
 from tunesmith_trainer.process.ranks import Ranks
 from tunesmith_trainer.training import preference

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -16,18 +20,20 @@ from tunesmith.api.dataset import Dataset
 from tunesmith.api.objective import ObjectiveName
 from tunesmith_trainer.data.encoding import IGNORED, Encoder
 from tunesmith_trainer.data.formats import DataFile
+from tunesmith_trainer.data.forms import FORMS
 from tunesmith_trainer.data.report import RowReport
-from tunesmith_trainer.data.rows import FORMS, read
+from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.data.sources import Part, Source, fetch
+from tunesmith_trainer.errors import DatasetInvalidError
 from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from tunesmith_trainer.data.encoding import Tokens
 
 COUNT = 200
+PAGE = Path(__file__).resolve().parents[2] / "docs/data.md"
 TEMPLATE = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
@@ -294,6 +300,21 @@ def glaive_chat(number: int) -> list[Expected]:
     ]
 
 
+def squad(number: int) -> dict[str, Any]:
+    return {
+        "id": f"{number:024x}",
+        "title": "Brinewick",
+        "context": f"Brinewick has {number} doors.",
+        "question": f"How many doors has Brinewick, {number} times?",
+        "answers": {"text": [f"{number} doors", str(number)], "answer_start": [14, 14]},
+    }
+
+
+def squad_chat(number: int) -> list[Expected]:
+    question = f"How many doors has Brinewick, {number} times?\n\nBrinewick has {number} doors."
+    return [chat(("user", question), ("assistant", f"{number} doors"))]
+
+
 CONVERSATIONS = {"columns": {"messages": "conversations"}}
 LAYOUTS = {
     "Alpaca": Layout(alpaca, alpaca_chat),
@@ -307,7 +328,10 @@ LAYOUTS = {
     "UltraFeedback": Layout(ultrafeedback, ultrafeedback_pair, objective=ObjectiveName.DPO),
     "HH-RLHF": Layout(hh_rlhf, hh_rlhf_pair, objective=ObjectiveName.DPO),
     "KTO": Layout(kto, kto_answer, objective=ObjectiveName.KTO, desirable=lambda number: number % 2 == 1),
-    "glaive": Layout(glaive, glaive_chat, settings=CONVERSATIONS),
+    "glaive in the layout of LLaMA-Factory": Layout(glaive, glaive_chat, settings=CONVERSATIONS),
+    "SQuAD": Layout(
+        squad, squad_chat, settings={"columns": {"instruction": "question", "input": "context", "output": "answers"}}
+    ),
 }
 
 
@@ -363,6 +387,49 @@ def test_the_answers_of_a_public_layout_are_learned(
     rows, report = encoded([Source("s3://bucket/rows", [DataFile(path.name, path)])], layout, tokenizer)
     check(rows, layout, tokenizer)
     assert (report.dropped, report.read) == (0, COUNT)
+
+
+def glaive_texts(number: int) -> dict[str, Any]:
+    """Return a row of glaive-function-calling: a chat as one text, and its tools in the text of the system."""
+    call = f"""{{"name": "price", "arguments": '{{"item": {number}}}'}}"""
+    return {
+        "system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+        + json.dumps(PRICE, indent=4)
+        + "\n",
+        "chat": f"USER: Price of {number}?\n\n\nASSISTANT: <functioncall> {call} <|endoftext|>\n\n\n"
+        'FUNCTION RESPONSE: {"price": 3}\n\n\n'
+        f"ASSISTANT: Item {number} costs 3.\nIs that fine? <|endoftext|>\n\n\n\n\n",
+    }
+
+
+def glaive_texts_chat(number: int) -> list[Expected]:
+    return [
+        chat(
+            ("system", "You are a helpful assistant with access to the following functions. Use them if required -"),
+            ("user", f"Price of {number}?"),
+            ("assistant", called("price", {"item": number})),
+            ("tool", '{"price": 3}'),
+            ("assistant", f"Item {number} costs 3.\nIs that fine?"),
+            tools=[{"type": "function", "function": PRICE}],
+        )
+    ]
+
+
+def test_chats_that_are_one_text_are_refused_and_converted_as_documented(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [glaive_texts(number) for number in range(COUNT)]
+    source = Source("s3://bucket/rows", [DataFile("rows.jsonl", write_rows(tmp_path / "rows.jsonl", rows))])
+    for settings in ({}, {"columns": {"messages": "chat"}}):
+        with pytest.raises(DatasetInvalidError, match=r"'chat' is one text with a whole chat .*docs/data.md"):
+            encoded([source], Layout(glaive_texts, glaive_texts_chat, settings=settings), tokenizer)
+    (script,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "convert.py").write_text(script)
+    command = [sys.executable, "convert.py", "rows.jsonl", "messages.jsonl"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    source = Source("s3://bucket/rows", [DataFile("messages.jsonl", tmp_path / "messages.jsonl")])
+    layout = Layout(glaive_texts, glaive_texts_chat)
+    check(encoded([source], layout, tokenizer)[0], layout, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["ShareGPT with system", "OpenAI with tools", "UltraFeedback", "KTO"])

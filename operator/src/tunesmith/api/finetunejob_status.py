@@ -162,7 +162,7 @@ class DroppedRows(StatusModel):
         "an answer or begins with one, or a pair without a common prompt. Duplicate: repeats an earlier row. Overlong: "
         "more than maxLength tokens. NoTarget: no token contributes to the loss. NotRendered: the chat template "
         "rejects the row, or does not render a part of it (reasoning of a learned answer, a tool call, tools, a name, "
-        "system text)."
+        "system text), or the row has an image, audio or a video."
     )
     rows: Count = Field(description="Number of dropped rows.")
     examples: list[Annotated[str, Field(max_length=256)]] | None = Field(

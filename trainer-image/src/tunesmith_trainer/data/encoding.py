@@ -8,8 +8,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.dataset import LossOn
+from tunesmith_trainer.data.forms import RowForm
 from tunesmith_trainer.data.parts import PartCheck
-from tunesmith_trainer.data.rows import RowForm
 from tunesmith_trainer.data.template import ChatTemplate, ChatText, RowRejectedError
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.process.activity import limited

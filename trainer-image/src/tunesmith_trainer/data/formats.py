@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tunesmith_trainer.errors import DatasetInvalidError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from pathlib import Path
 
 _MAX_RECORD_BYTES = 64 * 2**20
@@ -75,13 +76,14 @@ def format_of(name: str) -> str | None:
     return extension if known else None
 
 
-def records(file: DataFile, wanted: Collection[str] | None = None) -> Iterator[Record]:
+def records(file: DataFile, wanted: Collection[str] | None = None, present: Collection[str] = ()) -> Iterator[Record]:
     """Yield the records of a file.
 
     Args:
         file: file to read.
         wanted: names of columns; other columns of columnar files are not read, unless the file has none of these. None:
             all.
+        present: names of columns of columnar files that are not read either: the value is True if there is one.
 
     Raises:
         DatasetInvalidError: the name indicates no format, or the file is damaged so that the rows after the damage
@@ -95,7 +97,7 @@ def records(file: DataFile, wanted: Collection[str] | None = None) -> Iterator[R
     _check_content(file)
     try:
         if data_format in _COLUMNAR:
-            yield from _COLUMNAR[data_format](file, wanted)
+            yield from _COLUMNAR[data_format](file, wanted, present)
         else:
             yield from _TEXT_READERS[data_format](file, wanted)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -428,18 +430,28 @@ def _row_of(names: list[str], cells: list[str], where: str) -> Record:
     return Record(where, dict(zip(names, cells, strict=True)))
 
 
-def _parquet(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
+def _parquet(file: DataFile, wanted: Collection[str] | None, present: Collection[str]) -> Iterator[Record]:
     with pq.ParquetFile(file.path, memory_map=True) as table:
-        columns = _chosen(table.schema_arrow.names, wanted)
+        columns = _chosen(table.schema_arrow.names, wanted, present)
+        paths = [table.schema.column(number).path for number in range(len(table.schema))]
+        columns = [_smallest(name, paths) if name in present else name for name in columns]
         # Without threads, no column is decoded ahead of the rows that are requested.
-        yield from _rows(file, table.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False))
+        batches = table.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False)
+        yield from _rows(file, batches, present)
 
 
-def _chosen(names: list[str], wanted: Collection[str] | None) -> list[str]:
-    return [name for name in names if wanted is None or name in wanted] or names
+def _smallest(name: str, paths: Sequence[str]) -> str:
+    """Return a part of a column that shows where it is null: of images not their bytes."""
+    parts = [path for path in paths if path.startswith(f"{name}.")]
+    return next((path for path in parts if not path.endswith(".bytes")), name)
 
 
-def _arrow(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
+def _chosen(names: list[str], wanted: Collection[str] | None, present: Collection[str]) -> list[str]:
+    chosen = [name for name in names if wanted is None or name in wanted]
+    return chosen if any(name not in present for name in chosen) else names
+
+
+def _arrow(file: DataFile, wanted: Collection[str] | None, present: Collection[str]) -> Iterator[Record]:
     """Yield the rows of Arrow's stream format, as written by `datasets`, or of its file format."""
     with pa.memory_map(str(file.path)) as source:
         try:
@@ -450,12 +462,18 @@ def _arrow(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
             batches: Iterator[pa.RecordBatch] = (table.get_batch(number) for number in range(table.num_record_batches))
         else:
             batches = iter(stream)
-        yield from _rows(file, (batch.select(_chosen(batch.schema.names, wanted)) for batch in batches))
+        yield from _rows(
+            file, (batch.select(_chosen(batch.schema.names, wanted, present)) for batch in batches), present
+        )
 
 
-def _rows(file: DataFile, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+def _rows(file: DataFile, batches: Iterator[pa.RecordBatch], present: Collection[str]) -> Iterator[Record]:
     number = 0
-    for batch in batches:
+    for read in batches:
+        batch = read
+        for name in batch.schema.names:
+            if name in present:
+                batch = batch.set_column(batch.schema.get_field_index(name), name, _presence(batch.column(name)))
         for start in range(0, batch.num_rows, _BATCH):
             try:
                 values = batch.slice(start, _BATCH).to_pylist(maps_as_pydicts="lossy")
@@ -467,6 +485,16 @@ def _rows(file: DataFile, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]
                 yield (
                     Record(where, value, columnar=True) if value is not None else Record(where, problem="is not UTF-8")
                 )
+
+
+def _presence(column: pa.Array) -> pa.Array:
+    """Return True where a column has a value: a list or a text is not one if it is empty."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pc.fill_null(pc.greater(pc.list_value_length(column), 0), False)  # noqa: FBT003 - its argument's place
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pc.fill_null(pc.greater(pc.binary_length(column), 0), False)  # noqa: FBT003
+    return column.is_valid()
 
 
 def _one_by_one(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
@@ -483,7 +511,7 @@ _TEXT_READERS: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[R
     "csv": lambda file, _: _separated(file, ","),
     "tsv": lambda file, _: _separated(file, "\t"),
 }
-_COLUMNAR: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[Record]]] = {
+_COLUMNAR: dict[str, Callable[[DataFile, Collection[str] | None, Collection[str]], Iterator[Record]]] = {
     "parquet": _parquet,
     "arrow": _arrow,
 }

@@ -13,7 +13,7 @@ from tunesmith.api.dataset import Overlong
 from tunesmith.api.finetunejob_status import AlsoTrained, Preflight, ReadSource
 from tunesmith_trainer.data.cache import TokenCache, key_of
 from tunesmith_trainer.data.report import EXAMPLES, RowReport, shortened
-from tunesmith_trainer.data.rows import read
+from tunesmith_trainer.data.rows import read, require_columns
 from tunesmith_trainer.data.selection import held_out, trained_too, weighted
 from tunesmith_trainer.data.sources import Part, add_content, fetch
 from tunesmith_trainer.data.tokens import measure, open_rows, pack, tokenise
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from tunesmith.storage.folder import Folder
     from tunesmith_trainer.data.cache import Cached
     from tunesmith_trainer.data.encoding import Encoder
-    from tunesmith_trainer.data.rows import RowForm
+    from tunesmith_trainer.data.forms import RowForm
     from tunesmith_trainer.data.sources import Source
     from tunesmith_trainer.data.tokens import Counted, Sizes
     from tunesmith_trainer.store import Stores
 
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
-_ENCODING = 3
+_ENCODING = 4
 """Version of the encoding: increased when the same rows produce different tokens."""
 _SHOWN_SOURCES = 8
 _SHOWN_SPLITS = 8
@@ -99,10 +99,15 @@ def load(
     content = _content_digest(sources)
 
     def make(folder: Path) -> dict[str, Counted]:
-        return {
+        counted = {
             name: tokenise(group, dataset, forms, encoder, folder / f"{name}.arrow", write_line)
             for name, group in sources.items()
         }
+        missing = counted["train"].report.missing_columns
+        others = [counts.report.missing_columns for counts in counted.values()]
+        missing = {name: column for name, column in missing.items() if all(name in other for other in others)}
+        require_columns(missing, sources["train"])
+        return counted
 
     key = _token_key(dataset, sources, content, forms, tokenizer)
     cached = TokenCache(work / "tokens", store).get(key, make)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
 from tunesmith.api.finetunejob_status import DropReason
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _CALL = "function_call"
 """Role of a message whose text is the JSON of the assistant's tool calls."""
 _OTHER_ROLES = {
-    **dict.fromkeys(("developer",), "system"),
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
@@ -29,17 +29,26 @@ _OTHER_KEYS = {
     "thinking": "reasoning_content",
 }
 """Keys of other layouts."""
+_FUNCTION_KEYS = {"input_schema": "parameters", "inputSchema": "parameters", "arguments": "parameters"}
+"""Keys of functions in other layouts."""
 _KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "function_call"})
 _WEIGHTS = frozenset({"weight", "loss", "train"})
 """Keys that state if an answer is learned."""
-_MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos", "files"})
-"""Keys whose content would be missing from the text."""
+MEDIA_COLUMNS = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+"""Columns whose content would be missing from the text."""
+_MEDIA = MEDIA_COLUMNS | {"files"}
+"""Keys of messages whose content would be missing from the text."""
 _METADATA = frozenset(
     {"id", "uuid", "index", "turn", "turn_id", "message_id", "parent_id", "created_at", "timestamp", "date", "lang"}
     | {"language", "model", "source", "annotations"}
 )
 """Keys that describe a message and are never part of its text."""
-_MAY_BE_EMPTY = frozenset({"system", "tool"})
+_TURN = re.compile(r"(?im)^\W*(?:user|human|assistant|gpt|bot):")
+"""Start of a turn of a chat that is one text."""
+_TRANSCRIPT_CHARACTERS = 10_000
+_MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
+_TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
+"""Types of the parts of a message's content that are text."""
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _MAX_IGNORED_KEYS = 64
 
@@ -118,6 +127,13 @@ def flag_of(value: object, what: str) -> bool:
     return flag
 
 
+def check_media(row: dict[str, Any]) -> None:
+    """Raise RowError if a row has an image, audio or a video in a column of its own."""
+    name = next((name for name in sorted(MEDIA_COLUMNS) if row.get(name)), None)
+    if name is not None:
+        raise RowError(f"has '{name}', and only text can be learned: remove that column", DropReason.NOT_RENDERED)
+
+
 def check_chat(messages: list[dict[str, Any]]) -> None:
     """Raise RowError unless the messages are a chat that ends with an answer to a question."""
     last, first = messages[-1]["role"], messages[0]["role"]
@@ -132,9 +148,19 @@ def check_chat(messages: list[dict[str, Any]]) -> None:
         )
 
 
+def require_no_transcript(value: object, what: str) -> None:
+    """Raise RowError if a value is a text with a whole chat: where a turn in it ends is a matter of its author."""
+    if isinstance(value, str) and len(_TURN.findall(value, 0, _TRANSCRIPT_CHARACTERS)) > 1:
+        raise RowError(
+            f"{what} is one text with a whole chat (USER: … ASSISTANT: …): convert it to a list of messages; the"
+            " documentation of training data (docs/data.md) shows how"
+        )
+
+
 def messages_of(value: object, what: str, origin: Origin) -> list[dict[str, Any]]:
     """Return a list of messages, given as such, as JSON text, or as an object with a list of each key's values."""
     if isinstance(value, str):
+        require_no_transcript(value, what)
         value, origin = _parsed(value, what), _of_json(origin)
     if value is None:
         raise RowError(f"{what} is null, not a list", DropReason.NULL)
@@ -190,9 +216,13 @@ def _tool(tool: Any, origin: Origin) -> dict[str, Any]:  # noqa: ANN401 - JSON
     if not isinstance(tool, dict):
         raise RowError("'tools' is not a list of objects, each the JSON schema of a function")
     present: dict[str, Any] = origin.present(tool)
-    if "function" not in present and isinstance(present.get("name"), str):
-        return {"type": "function", "function": {key: value for key, value in present.items() if key != "type"}}
-    return present
+    function = present.get("function", present)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError("'tools' has an entry without 'function' and its 'name': only functions can be called")
+    named = {_FUNCTION_KEYS.get(key, key): value for key, value in function.items() if key != "type"}
+    for key in named.keys() - {"name", "description", "parameters", "strict"}:
+        origin.ignore(f"tools.{key}")
+    return {"type": "function", "function": named}
 
 
 def _of_json(origin: Origin) -> Origin:
@@ -283,7 +313,9 @@ def _check_unused(message: dict[str, Any], number: int, origin: Origin) -> None:
         if key in _KEYS or key in _WEIGHTS or key in _METADATA or value in (None, "", [], {}):
             continue
         if key in _MEDIA:
-            raise RowError(f"message {number}: has '{key}', and only text can be learned: remove it")
+            raise RowError(
+                f"message {number}: has '{key}', and only text can be learned: remove it", DropReason.NOT_RENDERED
+            )
         origin.ignore(key)
 
 
@@ -312,20 +344,36 @@ def _weight(message: dict[str, Any], number: int) -> int | None:
     return 1 if "weight" in flags else None
 
 
-def _content(message: dict[str, Any], number: int, origin: Origin, *, calls: bool) -> str:
+def _content(message: dict[str, Any], number: int, origin: Origin, *, calls: bool) -> str | list[dict[str, str]]:
+    """Return the text of a message, or several parts of it."""
     role, content = message["role"], message.get("content")
     what = f"message {number} ({role}): 'content'"
     if isinstance(content, list):
-        parts = [_without_nulls(part) for part in content]
-        other = [part for part in parts if not isinstance(part, dict) or set(part) != {"type", "text"}]
-        if other:
-            raise RowError(f"{what} has a part that is not text, and only text can be learned: remove it")
-        content = "\n".join(str(part["text"]) for part in parts)
+        texts = [_part(part, what, origin) for part in content]
+        if len(texts) > 1 and any(text.strip() for text in texts):
+            return [{"type": "text", "text": text} for text in texts]
+        content = "".join(texts)
     if isinstance(content, dict) and role == "tool":
         return json.dumps(origin.present(content), ensure_ascii=False)
     if (role in _MAY_BE_EMPTY or calls) and (content is None or content == ""):
         return ""
     return text_of(content, what)
+
+
+def _part(given: object, what: str, origin: Origin) -> str:
+    """Return the text of a part of a message's content."""
+    if isinstance(given, str):
+        return given
+    part = _without_nulls(given)
+    text = part.get("text") if isinstance(part, dict) and part.get("type") in _TEXT_TYPES else None
+    if not isinstance(text, str):
+        raise RowError(
+            f"{what} has a part that is not text, and only text can be learned: remove it", DropReason.NOT_RENDERED
+        )
+    for key in part.keys() - {"type", "text"}:
+        if part[key]:
+            origin.ignore(key)
+    return text
 
 
 def _calls(calls: object, number: int, origin: Origin) -> list[dict[str, Any]]:

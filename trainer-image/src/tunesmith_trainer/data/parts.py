@@ -8,12 +8,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith_trainer.data.served import content_texts
 from tunesmith_trainer.data.template import RowRejectedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tunesmith_trainer.data.template import Chat, ChatTemplate, ChatText
+    from tunesmith_trainer.data.served import Chat
+    from tunesmith_trainer.data.template import ChatTemplate, ChatText
 
 _MAX_SHAPES = 10_000
 """Number of shapes of chats whose result is kept."""
@@ -72,7 +74,8 @@ class PartCheck:
         for text in () if omitted else texts:
             for number, (start, end) in zip(text.messages, text.learned, strict=False):
                 message = chat["messages"][number]
-                own = [_Part(number, f"'{key}'", message.get(key) or "") for key in ("content", "reasoning_content")]
+                own = [_Part(number, "'content'", text) for text in content_texts(message["content"])]
+                own.append(_Part(number, "'reasoning_content'", message.get("reasoning_content") or ""))
                 omitted = omitted or [part for part in own if not _shows(text.text[start:end], part.text)]
         if omitted:
             place = omitted[0].message
@@ -119,8 +122,10 @@ def _shape(chat: Chat) -> tuple[Any, ...]:
     called: set[str] = set()
     messages: list[tuple[Any, ...]] = []
     for message in chat["messages"]:
+        content = message["content"]
+        size: int | bool = bool(content) if isinstance(content, str) else len(content)
         if len(message) == 2:  # noqa: PLR2004 - the usual message
-            messages.append((message["role"], bool(message["content"])))
+            messages.append((message["role"], size))
             continue
         calls = message.get("tool_calls") or []
         called.update(call["function"]["name"] for call in calls)
@@ -129,11 +134,8 @@ def _shape(chat: Chat) -> tuple[Any, ...]:
             for given in (call["function"].get("arguments") for call in calls)
         ]
         keys = frozenset(key for key, value in message.items() if value and key != "weight")
-        messages.append((message["role"], keys, tuple(arguments), message.get("name") in called))
-    tools = [
-        (frozenset(tool), frozenset(_function(tool)), len(_properties(_function(tool))))
-        for tool in chat.get("tools") or ()
-    ]
+        messages.append((message["role"], size, keys, tuple(arguments), message.get("name") in called))
+    tools = [(frozenset(tool["function"]), len(_properties(tool["function"]))) for tool in chat.get("tools") or ()]
     return tuple(messages), tuple(tools)
 
 
@@ -149,8 +151,14 @@ def _taken_apart(chat: Chat, write: Callable[[str], str]) -> tuple[Chat, list[_P
     messages = []
     for number, given in enumerate(chat["messages"]):
         message = dict(given)
-        if message.get("content"):
-            message["content"] = part(number, "'content'", message["content"])
+        content = message["content"]
+        if isinstance(content, str):
+            message["content"] = part(number, "'content'", content) if content else ""
+        else:
+            message["content"] = [
+                piece | {"text": part(number, "'content'", piece["text"])} if piece["text"] else piece
+                for piece in content
+            ]
         if message.get("reasoning_content"):
             message["reasoning_content"] = part(
                 number, "'reasoning_content'", message["reasoning_content"], reasoning=True
@@ -178,7 +186,7 @@ def _taken_apart(chat: Chat, write: Callable[[str], str]) -> tuple[Chat, list[_P
 
 
 def _tool(tool: dict[str, Any], part: Callable[[str], str]) -> dict[str, Any]:
-    function = dict(_function(tool))
+    function = dict(tool["function"])
     for key in ("name", "description"):
         if isinstance(function.get(key), str) and function[key]:
             function[key] = part(function[key])
@@ -189,13 +197,7 @@ def _tool(tool: dict[str, Any], part: Callable[[str], str]) -> dict[str, Any]:
         if isinstance(parameters.get("required"), list):
             parameters["required"] = [names.get(name, name) for name in parameters["required"]]
         function["parameters"] = parameters
-    return tool | {"function": function} if isinstance(tool.get("function"), dict) else function
-
-
-def _function(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return the description of a tool's function, which some data sets write without its type."""
-    function = tool.get("function")
-    return function if isinstance(function, dict) else tool
+    return tool | {"function": function}
 
 
 def _properties(function: dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class RowReport:
     examples: dict[DropReason, list[str]] = field(default_factory=dict)
     ignored_keys: dict[str, int] = field(default_factory=dict)
     """Number of messages by key that is not used."""
+    missing_columns: dict[str, str] = field(default_factory=dict)
+    """Columns that `dataset.columns` names and no row that was read has, by their fields; not kept in the cache."""
 
     def drop(self, reason: DropReason, example: str) -> None:
         """Count a row that is not used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -9,20 +10,22 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
+from tunesmith_trainer.data import reasoning
+from tunesmith_trainer.data.served import ServedForm
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
+    from tunesmith_trainer.data.served import Chat
+
 Span = tuple[int, int]
 """Start and end of a passage, in characters."""
-Chat = dict[str, Any]
-"""A chat: `messages`, and `tools` if there are any."""
 
 PROBE = "zq0qz"
 """Text of a made-up message that follows an answer; no chat contains it."""
@@ -108,23 +111,24 @@ class ChatTemplate:
         self, tokenizer: PreTrainedTokenizerFast, given: str | None = None, end_tokens: Sequence[int] = ()
     ) -> None:
         self.name = "dataset.chatTemplate" if given else "the base model's chat template"
-        self._special = dict(tokenizer.special_tokens_map)
+        # Plain data, as a template must not reach the methods of objects. Rows are from JSON or columns.
+        self._special: dict[str, Any] = json.loads(json.dumps(dict(tokenizer.special_tokens_map), default=str))
         self._text: str | None = given or (str(tokenizer.get_chat_template()) if tokenizer.chat_template else None)
         self._marked = self._text is not None and _MARKS.search(self._text) is not None
         ends = sorted(filter(None, (str(tokenizer.decode([token])) for token in end_tokens)), key=len, reverse=True)
         self._ends = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
-        self._renders_developer: bool | None = None
         if self._text is None:
             return
         try:
             with limited(self.name):  # constant expressions in it are evaluated here
-                compiled = _compile_jinja_template(self._text)
+                self._compiled: Any = _compile_jinja_template(self._text)
+                self._form = ServedForm.of(self._text)
         except TemplateSyntaxError as error:
             raise InvalidSpecError(
                 f"{self.name} is not a valid Jinja template: line {error.lineno}: {error.message}"
             ) from None
         # The same rows give the same tokens on every day, also for an attempt that resumes tomorrow.
-        compiled.environment.globals["strftime_now"] = _TODAY.strftime
+        self._compiled.environment.globals["strftime_now"] = _TODAY.strftime
 
     def texts(self, chat: Chat, learned: Sequence[int] | None, where: str) -> list[ChatText]:
         """Return the text of a chat with the answers that are learned.
@@ -142,12 +146,13 @@ class ChatTemplate:
             InvalidSpecError: there is no template, or the answers cannot be located in its output.
             RowRejectedError: the template rejects the chat.
         """
+        chat = self._served(chat)
         if learned is None:
-            text = self.render(chat, where)
+            text = self._render(chat, where)
             return [ChatText(text, [(0, len(text))])]
         answers = [self._answer(chat, number, where) for number in reversed(learned)]
         newest = len(learned) > 0 and learned[-1] == len(chat["messages"]) - 1
-        texts: list[tuple[str, list[_Answer]]] = [(answers[0].through if newest else self.render(chat, where), [])]
+        texts: list[tuple[str, list[_Answer]]] = [(answers[0].through if newest else self._render(chat, where), [])]
         for answer in answers:
             placed = next((others for text, others in texts if self._fits(answer, text)), None)
             if placed is None:
@@ -167,41 +172,42 @@ class ChatTemplate:
 
     def answer(self, chat: Chat, number: int, where: str) -> tuple[str, str]:
         """Return the prompt that an engine receives for an answer of a chat, and the text that it then generates."""
-        answer = self._answer(chat, number, where)
+        answer = self._answer(self._served(chat), number, where)
         return answer.prompt, answer.through[len(answer.prompt) : answer.end]
 
     def prompt(self, chat: Chat, where: str) -> str:
         """Return the text of a chat up to the start of the next answer."""
-        return self.render(chat, where, prompt=True)
+        return self._render(self._served(chat), where, prompt=True)
 
-    def render(self, chat: Chat, where: str, *, prompt: bool = False) -> str:
-        """Return the text of a chat.
+    def _served(self, chat: Chat) -> Chat:
+        """Return a chat in the form that the template receives.
 
         Raises:
             InvalidSpecError: there is no template.
-            RowRejectedError: the template rejects the chat.
         """
-        return str(self._rendered(chat, where, prompt=prompt, marked=False)[0][0])
-
-    def _rendered(self, chat: Chat, where: str, *, prompt: bool, marked: bool) -> Any:  # noqa: ANN401 - of transformers
         if self._text is None:
             raise InvalidSpecError(
                 "the base model has no chat template: use a chat model, set dataset.chatTemplate, or use a data set"
                 " with 'prompt' and 'completion' or with 'text'"
             )
-        messages = [
-            {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
-            for message in chat["messages"]
-        ]
-        if messages and messages[0]["role"] == "developer" and not self._knows_developer():
-            messages = [messages[0] | {"role": "system"}, *messages[1:]]
+        return self._form.chat(chat)
+
+    def _render(self, chat: Chat, where: str, *, prompt: bool = False) -> str:
+        """Return the text of a chat in the form that the template receives.
+
+        Raises:
+            RowRejectedError: the template rejects the chat.
+        """
+        return str(self._run(self._compiled.render, chat, where, prompt=prompt))
+
+    def _run(self, render: Callable[..., Any], chat: Chat, where: str, *, prompt: bool) -> Any:  # noqa: ANN401 - of jinja2
+        """Render a chat with a method of the compiled template."""
         try:
             with limited(f"{where}: {self.name}" if where else self.name):
-                return render_jinja_template(
-                    conversations=[messages],
-                    tools=chat.get("tools") or None,
-                    chat_template=self._text,
-                    return_assistant_tokens_mask=marked,
+                return render(
+                    messages=self._form.roles(chat["messages"]),
+                    tools=chat.get("tools"),
+                    documents=None,
                     add_generation_prompt=prompt,
                     **self._special,
                 )
@@ -213,26 +219,22 @@ class ChatTemplate:
             text = " ".join(str(error).split())[:300]
             raise RowRejectedError(f"{where}: {self.name} rejects the row: {text}") from None
 
-    def _knows_developer(self) -> bool:
-        """Return True if the template renders the role developer; otherwise its text is rendered as the system's."""
-        if self._renders_developer is None:
-            self._renders_developer = True  # for the rendering that finds it out
-            chat = {"messages": [{"role": "developer", "content": PROBE}, {"role": "user", "content": "?"}]}
-            try:
-                self._renders_developer = PROBE in self.prompt(chat, "")
-            except RowRejectedError:
-                self._renders_developer = False
-        return self._renders_developer
-
     def _answer(self, chat: Chat, number: int, where: str) -> _Answer:
         """Locate the answer of a message, between the prompt for it and the first token that ends it."""
         newest = chat | {"messages": chat["messages"][: number + 1]}
         if self._marked:
             return self._marked_answer(newest, where)
         earlier = chat | {"messages": chat["messages"][:number]}
-        prompt, through = self.prompt(earlier, where), self.render(newest, where)
-        if not through.startswith(prompt):
-            through = prompt + self._moved_answer(earlier, prompt, through, where)
+        message = chat["messages"][number]
+        prompt, through = self._render(earlier, where, prompt=True), self._render(newest, where)
+        opened = reasoning.opening(prompt)
+        if through.startswith(prompt):
+            rendered = reasoning.with_reasoning(message, through[len(prompt) :])
+        elif opened is not None and through.startswith(prompt[: opened.start()]):
+            rendered = reasoning.after_opening(opened, message, through[opened.start() :])
+        else:
+            rendered = self._moved_answer(earlier, prompt, through, where)
+        through = prompt + rendered
         ends = [match.end() for match in self._ends.finditer(through, len(prompt))]
         if len(ends) == 1:
             return _Answer(number, prompt, through, ends[0], ended=True)
@@ -249,14 +251,14 @@ class ChatTemplate:
 
     def _marked_answer(self, chat: Chat, where: str) -> _Answer:
         """Locate the last answer of a chat by the template's marks."""
-        texts, (marks,) = self._rendered(chat, where, prompt=False, marked=True)
+        render = functools.partial(_render_with_assistant_indices, self._compiled)
+        text, marks = self._run(render, chat, where, prompt=False)
         turns = sum(message["role"] == "assistant" for message in chat["messages"])
         if len(marks) != turns:
             raise InvalidSpecError(
                 f"{where}: {self.name} marks {len(marks)} passages with {{% generation %}} for {turns} answers of the"
                 " assistant: put the marks around the content of every answer"
             )
-        text = str(texts[0])
         start, end = self._with_end(text, (int(marks[-1][0]), int(marks[-1][1])))
         return _Answer(len(chat["messages"]) - 1, text[:start], text, end, ended=True)
 
@@ -271,7 +273,7 @@ class ChatTemplate:
             through: their text with the answer.
             where: file and line of the row.
         """
-        before = self.render(earlier, where)
+        before = self._render(earlier, where)
         start = prompt[max(0, len(before) - _CONTEXT) :]
         if len(before) < len(prompt) and prompt.startswith(before) and through.count(start) == 1:
             return through[through.index(start) + len(start) :]
@@ -291,9 +293,9 @@ class ChatTemplate:
         else:
             after = {"role": "user", "content": PROBE}
         try:
-            return self.render(chat | {"messages": [*messages, after]}, where)
+            return self._render(chat | {"messages": [*messages, self._form.message(after)]}, where)
         except RowRejectedError:
-            return self.render(chat, where)
+            return self._render(chat, where)
 
     def _closing(self, through: str, following: str) -> str:
         """Return the end token with which the message after an answer begins; empty if it begins with none."""

@@ -15,9 +15,10 @@ from datasets import Dataset
 from tunesmith.api.dataset import Overlong
 from tunesmith.api.finetunejob_status import DropReason
 from tunesmith_trainer.data.encoding import IGNORED, Tokens
+from tunesmith_trainer.data.forms import RowForm
 from tunesmith_trainer.data.packing import best_fit_decreasing
 from tunesmith_trainer.data.report import RowReport
-from tunesmith_trainer.data.rows import RowForm, read
+from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.errors import DatasetInvalidError
 
 if TYPE_CHECKING:

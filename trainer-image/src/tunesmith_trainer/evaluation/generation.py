@@ -17,8 +17,9 @@ from tunesmith.api.evaluation import GenerationMetric
 from tunesmith.api.finetunejob_status import AlsoTrained
 from tunesmith_trainer import data
 from tunesmith_trainer.base_model.precision import training_precision
+from tunesmith_trainer.data.forms import SFT_FORMS, RowForm
 from tunesmith_trainer.data.report import EXAMPLES, RowReport, shortened
-from tunesmith_trainer.data.rows import SFT_FORMS, RowForm, read
+from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.data.selection import trained_too
 from tunesmith_trainer.data.sources import Part, fetch
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError

@@ -13,8 +13,8 @@ from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data
 from tunesmith_trainer.base_model import model
+from tunesmith_trainer.data.forms import FORMS
 from tunesmith_trainer.data.loading import load as load_rows
-from tunesmith_trainer.data.rows import FORMS
 from tunesmith_trainer.data.template import same_prompts
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation import folders, harness
