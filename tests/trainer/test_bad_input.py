@@ -54,7 +54,7 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "no content": ([messages(message("user", "a"), {"role": "assistant"})], "message 2: 'content' is missing"),
     "unknown role": (
         [messages(message("moderator", "a"), message("assistant", "b"))],
-        "message 1: unknown role 'moderator', expected one of system, user, assistant",
+        "message 1: unknown role 'moderator', expected one of system, developer, user, assistant",
     ),
     "null content": (
         [messages(message("user", "a"), message("assistant", None))],
