@@ -200,6 +200,17 @@ def test_every_route_but_health_refuses_a_caller_without_the_pools_token(pod: Se
 
 
 @pytest.mark.usefixtures("served")
+def test_the_use_of_slots_memory_and_disk_is_reported(pod: ServingPod) -> None:
+    use = pod.state().use
+    assert (use.slots, use.max_adapters, use.active, use.reloads) == (3, 3, [], 0)
+    assert use.memory_bytes > 0
+    entry = pod.residency("pirate")
+    assert entry is not None
+    assert 0 < entry.size_bytes <= use.disk_bytes < use.disk_limit_bytes
+    assert (entry.loads, entry.load_seconds > 0) == (1, True)
+
+
+@pytest.mark.usefixtures("served")
 def test_clients_can_use_only_the_routes_that_they_need(pod: ServingPod) -> None:
     body = {"lora_name": "x", "lora_path": "/"}
     statuses = {
