@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-encoding benchmark-gateway benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-density benchmark-encoding benchmark-gateway benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -65,6 +65,11 @@ benchmark-gateway: environment ## Measure a gateway that reads 10,000 adapters a
 benchmark-encoding: environment-trainer model ## Measure the CPU time of encoding chats
 	@$(STEP) --live "encoding" $(UV) run --frozen --no-sync --project trainer-image python benchmarks/encoding/benchmark.py \
 	  --base $(CACHE)/models/SmolLM2-135M-Instruct
+
+benchmark-density: environment environment-trainer environment-server ## Serve 1,000 adapters from two pods with 8 slots, beside vLLM alone (ADAPTERS=1000); continues an interrupted run
+	@$(STEP) "programs of the cluster" $(CLUSTER) build
+	@$(STEP) --live "density" $(UV) run --frozen --no-sync --project server-image python -m benchmarks.density.benchmark \
+	  --adapters $(or $(ADAPTERS),1000)
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other libraries (ROWS=64 REPEATS=3)
 	@mkdir -p out

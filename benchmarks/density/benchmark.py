@@ -47,8 +47,7 @@ class Settings:
     tokens: int
     repeats: int
     memory: int
-    plain_slots: tuple[int, ...]
-    plain_threads: int
+    plain: tuple[tuple[int, int], ...]
 
 
 class Results:
@@ -181,16 +180,16 @@ async def tunesmith(
 
 @contextlib.asynccontextmanager
 async def plain(
-    settings: Settings, http: aiohttp.ClientSession, slots: int, results: Results
+    settings: Settings, http: aiohttp.ClientSession, slots: int, threads: int, results: Results
 ) -> AsyncIterator[Contender]:
     """Start vLLM alone, and load all adapters."""
-    name = f"vLLM, {slots} slots"
+    name = f"vLLM, {slots} slots, {threads} thread{'s' * (threads > 1)}"
     server = rig.Plain(
-        settings.folder / f"run/plain-{slots}",
+        settings.folder / f"run/plain-{slots}x{threads}",
         settings.folder / "made/base",
         settings.adapters,
         slots,
-        settings.plain_threads,
+        threads,
     )
     try:
         server.engine.start()
@@ -294,9 +293,9 @@ async def benchmark(settings: Settings) -> int:
             )
             say("starting the pods")
             contenders = [await stack.enter_async_context(tunesmith(settings, http, store, entries, results))]
-            for slots in settings.plain_slots:
-                say(f"starting vLLM alone with {slots} slots")
-                contenders.append(await stack.enter_async_context(plain(settings, http, slots, results)))
+            for slots, threads in settings.plain:
+                say(f"starting vLLM alone with {slots} slots and {threads} threads")
+                contenders.append(await stack.enter_async_context(plain(settings, http, slots, threads, results)))
             await measure(settings, http, contenders, markers, results)
     finally:
         store.stop()
@@ -324,8 +323,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--memory", type=int, default=512 * MIB, help="bytes of each engine's cache of adapters")
-    parser.add_argument("--plain-slots", type=int, nargs="*", default=[8])
-    parser.add_argument("--plain-threads", type=int, default=2)
+    parser.add_argument(
+        "--plain", nargs="*", default=["8x1", "16x2"], help="vLLM alone: slots and threads, such as 8x1"
+    )
     parser.add_argument("--fresh", action="store_true", help="discard the results of an earlier run")
     options = parser.parse_args()
     folder = options.folder.resolve()
@@ -340,8 +340,7 @@ def main() -> None:
         tokens=options.tokens,
         repeats=options.repeats,
         memory=options.memory,
-        plain_slots=tuple(options.plain_slots),
-        plain_threads=options.plain_threads,
+        plain=tuple((int(slots), int(threads)) for slots, threads in (text.split("x") for text in options.plain)),
     )
     sys.exit(asyncio.run(benchmark(settings)))
 

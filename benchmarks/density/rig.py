@@ -180,7 +180,9 @@ class Plain:
             *("--max-loras", str(slots), "--max-cpu-loras", str(max(count, slots))),
         ]
         command = [str(vllm_program()), "serve", str(base), *_ENGINE, *arguments]
-        self.engine = Container(command, _VARIABLES | {"OMP_NUM_THREADS": str(threads)}, folder / "engine.log")
+        # Threads that wait for each other actively take the cores that other processes need.
+        variables = _VARIABLES | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        self.engine = Container(command, variables, folder / "engine.log")
 
     async def load(self, http: aiohttp.ClientSession, made: Path, count: int) -> float:
         """Load the first `count` adapters, and return the seconds that it took."""

@@ -20,7 +20,7 @@ def test_every_adapter_answers_as_itself_whatever_is_swapped(tmp_path: Path) -> 
     command = [
         *(sys.executable, "-m", "benchmarks.density.benchmark", f"--folder={tmp_path}", f"--adapters={ADAPTERS}"),
         *("--sizes", str(ADAPTERS), "--clients=24", "--seconds=5", "--repeats=1", f"--memory={MEMORY}"),
-        "--plain-slots",
+        "--plain",
     ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=3000)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
