@@ -61,10 +61,14 @@ def free_port() -> int:
 
 
 class ApiServer:
-    """etcd and kube-apiserver in a folder of their own, on free ports; a context manager."""
+    """etcd and kube-apiserver in a folder of their own, on free ports; a context manager.
 
-    def __init__(self, folder: Path) -> None:
+    `arguments`: further arguments of kube-apiserver.
+    """
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
+        self._arguments = arguments
         self.kubeconfig = folder / "kubeconfig"
         self.url = ""
         self._token = secrets.token_hex(16)
@@ -182,6 +186,7 @@ class ApiServer:
             "--allow-privileged",
             # without a controller manager no namespace gets its default service account
             "--disable-admission-plugins=ServiceAccount",
+            *self._arguments,
         )
         self._write_kubeconfig()
         until(self._is_ready, seconds=READY_SECONDS, what="a ready API server")

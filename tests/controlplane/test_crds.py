@@ -201,6 +201,15 @@ REFUSED_POOLS = {
         {"engine": {"kvCacheMemory": "512"}},
         "a cache size is a whole number with the unit Mi or Gi, such as 512Mi",
     ),
+    "a cache of a mounted base model": (
+        {"baseModel": {"uri": "pvc://models/llama"}, "baseModelCache": {"claimName": "models"}},
+        "baseModelCache is only for base models that pods download",
+    ),
+    "a cache without a claim": ({"baseModelCache": {}}, "spec.baseModelCache.claimName: Required value"),
+    "a cache on the node's own path": (
+        {"baseModelCache": {"hostPath": "/var/models"}},
+        'unknown field "spec.baseModelCache.hostPath"',
+    ),
     "negative replicas": ({"replicas": -1}, "spec.replicas in body should be greater than or equal to 0"),
     "unknown admission": (
         {"allowedNamespaces": {"from": "Some"}},

@@ -376,6 +376,8 @@ def test_what_it_needs_is_admitted(operator_kubectl: Kubectl) -> None:
     """The policies are not just closed: each refusal below differs from one of these in one place."""
     for item in (
         deployment(),
+        deployment(volumes=volume(persistentVolumeClaim={"claimName": "models"})),
+        deployment(volumes=volume(image={"reference": "registry.example/models/llama:1.0"})),
         secret(),
         network_policy(**{"tunesmith.dev/pool": "small"}),
         service(),

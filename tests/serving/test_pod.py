@@ -321,3 +321,35 @@ def test_an_evicted_pod_is_reported_for_a_while() -> None:
         'it finished (Evicted): Usage of EmptyDir volume "adapters" exceeds the limit "20Gi".',
     )
     assert found(observed, NOW + timedelta(minutes=10)) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [
+        ('{"origin": "Cache", "seconds": 1.25, "sizeBytes": 8, "downloadedBytes": 0, "later": 1}', 1.25),
+        ('{"origin": "Elsewhere", "seconds": 1.25, "sizeBytes": 8, "downloadedBytes": 0}', None),
+        ('{"origin": "Cache", "seconds": -1, "sizeBytes": 8, "downloadedBytes": 0}', None),
+        ("a log line", None),
+        ("", None),
+    ],
+)
+def test_the_arrival_of_the_base_model_is_read_from_its_container(message: str, seconds: float | None) -> None:
+    arrived = container("base-model", state={"terminated": {"exitCode": 0, "message": message}})
+    observed = observe_pod(pod(**{**RUNNING, "initContainerStatuses": [arrived]}))
+    assert (observed.base_model.seconds if observed.base_model else None) == seconds
+    assert observed.problem is None
+
+
+def test_volumes_that_are_not_mounted_are_reported_after_a_while() -> None:
+    conditions = [
+        {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T01:58:30Z"},
+        {"type": "PodReadyToStartContainers", "status": "False", "lastTransitionTime": "2026-01-01T01:58:30Z"},
+    ]
+    observed = observe_pod(pod(phase="Pending", conditions=conditions))
+    assert found(observed) is None
+    assert found(observed, NOW + timedelta(minutes=1)) == (
+        "VolumesNotMounted",
+        "its node has not mounted its volumes within 120 s: kubectl describe pod p --namespace team shows the reason",
+    )
+    conditions[1]["status"] = "True"
+    assert found(observe_pod(pod(phase="Pending", conditions=conditions)), NOW + timedelta(minutes=1)) is None

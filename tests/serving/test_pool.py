@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tunesmith.api.conditions import ServingPoolReason, find
+from tunesmith.api.pool_base_model import BaseModelArrival, BaseModelOrigin
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.agent import PodUse
 from tunesmith.contracts.claims import model_name_claim
@@ -340,6 +341,25 @@ def test_the_fingerprint_is_taken_from_the_pods(pool: Build, pod: Build, start: 
     assert fingerprint(None, pod("p")) == "sha256:f"
     assert fingerprint("sha256:f") == "sha256:f", "kept while no pod is there"
     assert fingerprint("sha256:old", pod("p")) == "sha256:f"
+
+
+def test_the_arrival_of_the_base_model_is_that_of_the_newest_pod(pool: Build, pod: Build, start: datetime) -> None:
+    def arrived(origin: str, seconds: float) -> BaseModelArrival:
+        return BaseModelArrival(
+            origin=BaseModelOrigin(origin), seconds=seconds, size_bytes=7, downloaded_bytes=7 if seconds else 0
+        )
+
+    resource: ServingPool = pool()
+    pods = [
+        pod("first", base_model=arrived("Download", 90.0)),
+        pod("second", created=start + timedelta(minutes=5), base_model=arrived("Cache", 2.5)),
+        pod("third", created=start + timedelta(minutes=9)),
+    ]
+    status = plan(resource, PoolObservation(None, pods, (), Decision(3, "")), start).status
+    assert status.base_model is not None
+    assert (status.base_model.pod, status.base_model.origin, status.base_model.seconds) == ("second", "Cache", 2.5)
+    later = resource.model_copy(update={"status": status})
+    assert plan(later, PoolObservation(None, (), (), Decision(0, "")), start).status.base_model == status.base_model
 
 
 def test_a_surge_pod_is_filled_before_the_outdated_pod_leaves(decide: Build, serving: Build, pod: Build) -> None:

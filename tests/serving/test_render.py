@@ -67,6 +67,11 @@ CASES: dict[str, dict[str, Any]] = {
             "runtimeClassName": "nvidia",
         },
     },
+    "cache": {
+        "baseModel": {"uri": "hf://org/name"},
+        "baseModelCache": {"claimName": "models", "maxSize": "2048Gi"},
+    },
+    "image": {"baseModel": {"uri": "oci://registry.example:5000/models/llama:1.0/8b/instruct"}},
     "claim": {"baseModel": {"uri": "pvc://models/llama/8b"}},
 }
 

@@ -1,37 +1,40 @@
-"""Download of the base model to the pod's disk, and its fingerprint."""
+"""Arrival of the base model on a pod: from the cache or its source, checked by hash, and its fingerprint."""
 
 from __future__ import annotations
 
-import json
+import errno
+import hashlib
 import logging
-import shutil
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-from tunesmith.contracts.connections import refused_connection
+from tunesmith.api.pool_base_model import BaseModelArrival, BaseModelOrigin
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith.storage.credentials import Credentials, Scrubber
-from tunesmith.storage.errors import StorageError
-from tunesmith.storage.folder import StoredFile
-from tunesmith.storage.hub import hub_client
-from tunesmith_server.store import StoreError, StoreFolder, store_error
+from tunesmith.storage.schemes import BY_NAME, split
+from tunesmith_server.base_download import PARALLEL_FILES, Download, FileRecord, Progress, hash_file
+from tunesmith_server.base_source import BaseFile, BaseSource, open_source
+from tunesmith_server.model_cache import CacheFullError, Manifest, access_key, version_key
+from tunesmith_server.safe_folder import SafeFolder
+from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-PARALLEL_FILES = 4
-PROGRESS_SECONDS = 2.0
-MARKER = ".tunesmith-base.json"
-"""File written into the folder once it is complete: the model's source, and the size of every file."""
+    from tunesmith.storage.credentials import Credentials
+    from tunesmith_server.model_cache import CachedModel, ModelCache
+
 SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
-"""Patterns of the model files that are used: never code, never pickle."""
+"""Suffixes of the model files that are used: never code, never pickle."""
+LOCK = "lock"
+"""Link to the file that users of the model lock, with the suffix of the fingerprint's file."""
+_COPIED = 64 * 2**20
+"""Largest file that is copied to the pod, so that it cannot change on a shared volume. Weights are linked."""
+_ROUNDS = 3
+"""Highest number of attempts to get files that have their hashes: files on a shared volume may change."""
 
 log = logging.getLogger(__name__)
 
@@ -41,100 +44,186 @@ class BaseModelError(Exception):
 
 
 @dataclass(frozen=True)
-class Marker:
-    """Source of a complete folder."""
+class BaseModel:
+    """Base model to fetch.
+
+    Attributes:
+        uri: URI such as s3://bucket/folder or hf://org/name.
+        revision: commit, tag or branch of an hf:// model.
+        target: folder for the engine; created if missing, and emptied.
+    """
 
     uri: str
     revision: str | None
-    files: dict[str, int]
+    target: Path
 
 
-class Progress:
-    """Progress log with a line about every two seconds."""
+def fetch_base(
+    model: BaseModel, credentials: Credentials, cache: ModelCache, clock: Callable[[], float] = time.monotonic
+) -> tuple[str, BaseModelArrival]:
+    """Fill the target with the base model's files and return its fingerprint; see `ModelCache` for interruptions.
 
-    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._clock = total, clock
-        self._done = 0
-        self._start = self._last = clock()
-        self._lock = threading.Lock()
-
-    def add(self, size: int) -> None:
-        """Count downloaded bytes."""
-        with self._lock:
-            self._done += size
-            now = self._clock()
-            if now - self._last < PROGRESS_SECONDS and self._done < self._total:
-                return
-            self._last = now
-            speed = self._done / max(now - self._start, 1e-3)
-            log.info(
-                "base model: %.1f of %.1f MiB (%d %%), %.1f MiB/s",
-                self._done / 2**20,
-                self._total / 2**20,
-                100 * self._done // max(self._total, 1),
-                speed / 2**20,
-            )
-
-
-def fetch_base(uri: str, revision: str | None, target: Path, credentials: Credentials, storage: int) -> str:
-    """Download a base model into `target` unless it is already there; return its fingerprint.
-
-    Files that an interrupted download completed are kept.
-
-    Args:
-        uri: URI such as s3://bucket/folder or hf://org/name.
-        revision: commit, tag or branch of an hf:// model.
-        target: folder; created if missing.
-        credentials: credentials for the URI; HF_TOKEN for hf://.
-        storage: highest number of bytes of the model.
+    The source is asked for the files' versions. If it cannot be reached, the version that these credentials could read
+    last is used.
 
     Raises:
-        StoreError: the store does not provide the model.
-        BaseModelError: the files are not a base model, or the disk is too small.
+        StoreError: the source does not provide the model.
+        BaseModelError: the files are not a base model, or the volume is too small.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    if _is_complete(target, uri, revision):
-        log.info("base model: %s is already downloaded", uri)
+    begin = clock()
+    source = open_source(model.uri, model.revision, credentials)
+    access = access_key(model.uri, model.revision, _used(model.uri, credentials))
+    files: list[BaseFile] | None
+    try:
+        files = _selected(source.files(), model.uri)
+    except StoreError as error:
+        key = cache.recall(access) if error.outage else None
+        if key is None:
+            raise
+        log.warning("base model: the version in the cache is used, because its source does not answer: %s", error)
+        files = None
     else:
-        download = _Download(uri, target, storage)
-        files = (
-            _fetch_hub(download, revision, credentials) if uri.startswith("hf://") else _fetch(download, credentials)
-        )
-        marker = Marker(uri, revision, {file.name: file.size for file in files})
-        (target / MARKER).write_text(json.dumps(asdict(marker)))
+        key = version_key(model.uri, files)
     try:
-        return base_fingerprint(LocalModelFolder(target))
+        with cache.use(key) as cached:
+            arrival = _arrive(_Arriving(model, source, cache, cached, key), files)
+            if files is not None:
+                cache.remember(access, key)
+            _link(model.target.with_name(f"{model.target.name}.{LOCK}"), cached.lock_path)
+            fingerprint = base_fingerprint(LocalModelFolder(model.target))
+    except OSError as error:
+        raise _disk_error(error) from None
     except ValueError as error:
-        raise BaseModelError(f"{uri} is not a base model: {error}.") from None
+        raise BaseModelError(f"{model.uri} is not a base model: {error}.") from None
+    return fingerprint, arrival.model_copy(update={"seconds": round(clock() - begin, 3)})
 
 
-def _is_complete(target: Path, uri: str, revision: str | None) -> bool:
-    try:
-        marker = Marker(**json.loads((target / MARKER).read_text()))
-    except (OSError, ValueError, TypeError):
-        return False
-    if (marker.uri, marker.revision) != (uri, revision):
-        for name in marker.files:  # of another model: none of its files may stay
-            (target / name).unlink(missing_ok=True)
-        (target / MARKER).unlink()
-        return False
-    return all(
-        (target / name).is_file() and (target / name).stat().st_size == size for name, size in marker.files.items()
-    )
+def _used(uri: str, credentials: Credentials) -> dict[str, str]:
+    scheme = BY_NAME[split(uri)[0]]
+    return {key: credentials.values[key] for key in scheme.keys if credentials.values.get(key)}
 
 
 @dataclass(frozen=True)
-class _Download:
-    """Source and target of a download."""
+class _Arriving:
+    """Arrival of one version of a model."""
 
-    uri: str
-    target: Path
-    storage: int
+    model: BaseModel
+    source: BaseSource
+    cache: ModelCache
+    cached: CachedModel
+    key: str
 
 
-def _selected(files: list[StoredFile], download: _Download) -> list[StoredFile]:
-    """Return the files of a model that are used, after checking that they are a model and fit on the disk."""
-    uri, target = download.uri, download.target
+def _arrive(arriving: _Arriving, files: list[BaseFile] | None) -> BaseModelArrival:
+    """Fill the target from complete files with the right hashes, after downloading what is missing."""
+    cached, received, is_checked = arriving.cached, 0, False
+    for _ in range(_ROUNDS):
+        manifest = _complete_manifest(cached, files)
+        if manifest is not None:
+            listed = files if files is not None else _listed(manifest)
+            wrong = _install(arriving, manifest, listed, is_checked=is_checked, asks=files is not None)
+            if not wrong:
+                size = sum(file.size for file in manifest.files.values())
+                origin = BaseModelOrigin.DOWNLOAD if received else BaseModelOrigin.CACHE
+                return BaseModelArrival(origin=origin, seconds=0, size_bytes=size, downloaded_bytes=received)
+            log.warning("base model: %s on the volume changed after they were written", ", ".join(wrong))
+            cached.discard(wrong)
+        if files is None:
+            break
+        with cached.filling(lambda: _complete_manifest(cached, files) is not None) as is_missing:
+            if is_missing:
+                received += _fill(arriving, files)
+            is_checked = is_missing
+    uri = arriving.model.uri
+    if files is None:
+        raise StoreError(f"{uri} cannot be reached, and its copy in the cache is damaged.", permanent=False)
+    raise BaseModelError(
+        f"The files of {uri} at {cached.files.path} change after they are written: let no other pods write to the "
+        "volume."
+    )
+
+
+def _fill(arriving: _Arriving, files: list[BaseFile]) -> int:
+    """Download the missing files, record the hashes of all, and return the number of downloaded bytes."""
+    uri, cached = arriving.model.uri, arriving.cached
+    size = sum(file.size for file in files)
+    try:
+        arriving.cache.make_room(arriving.key, size)
+    except CacheFullError as error:
+        raise BaseModelError(f"{uri} does not fit: {error}.") from None
+    download = Download(arriving.source, cached.parts, cached.files, Progress("download", size))
+    records = download.fetch(files)
+    if version_key(uri, _selected(arriving.source.files(), uri)) != arriving.key:
+        cached.discard([file.name for file in files])
+        raise StoreError(f"{uri} was changed while it was read.", permanent=False)
+    cached.complete(Manifest(uri, records))
+    return download.received
+
+
+def _complete_manifest(cached: CachedModel, files: list[BaseFile] | None) -> Manifest | None:
+    """Return the manifest if it has exactly these files."""
+    manifest = cached.manifest()
+    if manifest is None or files is None:
+        return manifest
+    sizes = {name: file.size for name, file in manifest.files.items()}
+    return manifest if sizes == {file.name: file.size for file in files} else None
+
+
+def _listed(manifest: Manifest) -> list[BaseFile]:
+    return _selected([BaseFile(name, file.size) for name, file in manifest.files.items()], manifest.uri)
+
+
+def _install(
+    arriving: _Arriving, manifest: Manifest, files: Sequence[BaseFile], *, is_checked: bool, asks: bool
+) -> list[str]:
+    """Fill the target; return the names of files that do not have the hash of the manifest and of the source.
+
+    `is_checked`: True if this process has computed the hashes. `asks`: True if the source can be asked for checksums.
+    """
+    model, source, cached = arriving.model, arriving.source, arriving.cached
+    model.target.mkdir(parents=True, exist_ok=True)
+    with SafeFolder.open(model.target) as target, ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        for name in target.names():
+            target.remove(name)
+        progress = Progress("check", sum(file.size for file in files))
+
+        def install(file: BaseFile) -> bool:
+            expected = source.checksum(file) if asks and not is_checked else ""
+            given, record = replace(file, checksum=expected), manifest.files[file.name]
+            is_right = _install_file(cached, target, given, record, is_checked=is_checked)
+            progress.add(file.size)
+            return is_right
+
+        installed = list(pool.map(install, files))
+    return [file.name for file, is_right in zip(files, installed, strict=True) if not is_right]
+
+
+def _install_file(
+    cached: CachedModel, target: SafeFolder, file: BaseFile, record: FileRecord, *, is_checked: bool
+) -> bool:
+    """Put a file into the target; return False if it does not have its hash."""
+    status = cached.files.status(file.name)
+    if status is None or status.size != record.size:
+        return False
+    if file.name.endswith(".safetensors") or record.size > _COPIED:
+        if not is_checked and hash_file(cached.files, file.name, file.checksum) != (record.sha256, file.checksum):
+            return False
+        _link(target.path / file.name, cached.files.path / file.name)
+        return True
+    content = cached.files.read(file.name, _COPIED)
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        return False
+    target.write(file.name, content)
+    return True
+
+
+def _link(path: Path, to: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(to)
+
+
+def _selected(files: list[BaseFile], uri: str) -> list[BaseFile]:
+    """Return the files of a model that are used, after checking that they are a model."""
     chosen = [file for file in files if PurePosixPath(file.name).suffix in SUFFIXES and not file.name.startswith(".")]
     names = {file.name for file in chosen}
     if "config.json" not in names:
@@ -143,69 +232,10 @@ def _selected(files: list[StoredFile], download: _Download) -> list[StoredFile]:
         raise BaseModelError(
             f"{uri} contains no .safetensors files; weights are read from safetensors only. Convert it."
         )
-    needed = sum(file.size for file in chosen)
-    if needed > download.storage:
-        raise BaseModelError(
-            f"{uri} has {needed} bytes and the pod's volume for it is limited to {download.storage} bytes: ask the "
-            "platform's administrators to raise the chart's value serving.baseModelStorage."
-        )
-    free = shutil.disk_usage(target).free
-    if needed > free:
-        raise BaseModelError(f"{uri} has {needed} bytes and the volume at {target} has {free} free: make it larger.")
     return chosen
 
 
-def _fetch(download: _Download, credentials: Credentials) -> list[StoredFile]:
-    target = download.target
-    folder = StoreFolder(download.uri, credentials)
-    chosen = _selected(folder.list(), download)
-    progress = Progress(sum(file.size for file in chosen))
-
-    def fetch(file: StoredFile) -> None:
-        path = target / file.name
-        if path.is_file() and path.stat().st_size == file.size:
-            progress.add(file.size)
-            return
-        part = target / f".{file.name}.part"
-        part.unlink(missing_ok=True)
-        folder.download(file.name, part, file.size, progress.add)
-        part.replace(path)
-
-    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-        for done in as_completed([pool.submit(fetch, file) for file in chosen]):
-            done.result()
-    return chosen
-
-
-def _fetch_hub(download: _Download, revision: str | None, credentials: Credentials) -> list[StoredFile]:
-    uri, target = download.uri, download.target
-    repository = uri.removeprefix("hf://").strip("/")
-    try:
-        hub = hub_client(credentials)
-    except StorageError as error:
-        raise store_error(error, credentials) from None
-    try:
-        found = hub.model_info(repository, revision=revision, files_metadata=True)
-        files = [StoredFile(entry.rfilename, entry.size or 0) for entry in found.siblings or []]
-        chosen = _selected([file for file in files if "/" not in file.name], download)
-        progress = Progress(sum(file.size for file in chosen))
-        for file in chosen:
-            hub.hf_hub_download(repository, file.name, revision=found.sha, local_dir=target)
-            progress.add(file.size)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        what = f"{uri}, revision {revision or 'main'}"
-        hint = "Check its name, and HF_TOKEN of the Secret if it is private or gated"
-        if isinstance(error, GatedRepoError):
-            hint = "It is gated: accept its terms and put HF_TOKEN into the Secret"
-        message = f"{what} does not exist on the Hub, or this token has no access to it ({credentials.source}). {hint}."
-        raise StoreError(message, permanent=False) from None
-    except Exception as error:
-        refused = refused_connection(error)
-        if refused is not None:
-            raise StoreError(f"{uri} resolves to {refused.explanation}.", permanent=False) from None
-        if not isinstance(error, (HfHubHTTPError, OSError)):
-            raise
-        text = Scrubber(credentials.values).clean(f"{uri} could not be read from the Hub: {error}.")
-        raise StoreError(text, permanent=False) from None
-    shutil.rmtree(target / ".cache", ignore_errors=True)
-    return chosen
+def _disk_error(error: OSError) -> BaseModelError:
+    reason = "is full" if error.errno == errno.ENOSPC else f"cannot be used ({error.strerror})"
+    name = f" for {error.filename}" if error.filename else ""
+    return BaseModelError(f"The volume of the base model{name} {reason}.")

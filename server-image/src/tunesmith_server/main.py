@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import logging
+import os
 import secrets
 import shutil
 import signal
@@ -24,15 +26,22 @@ from tunesmith_server import middleware
 from tunesmith_server.agent import Agent
 from tunesmith_server.api import AgentApi, Credentials
 from tunesmith_server.artifact import PodLimits
-from tunesmith_server.base_model import BaseModelError, fetch_base
+from tunesmith_server.base_model import BaseModel, BaseModelError, fetch_base
 from tunesmith_server.base_weights import BaseWeights, read_base_weights
 from tunesmith_server.connections import Connections, serving
 from tunesmith_server.desired import DesiredFile
 from tunesmith_server.engine import EngineClient
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings
 from tunesmith_server.metrics import Metrics
+from tunesmith_server.model_cache import Limits, ModelCache, lock_in_use
 from tunesmith_server.settings import FetchBaseSettings, ServeSettings
 from tunesmith_server.store import StoreError, read_credentials, set_proxies
+
+_POD_VOLUME = "ask the platform's administrators to raise the chart's value serving.baseModelStorage"
+_CACHE_VOLUME = (
+    "raise baseModelCache.maxSize, make its volume larger, or delete pools with other models; a model that no pod uses "
+    "is removed when an hour has passed since its last start"
+)
 
 log = logging.getLogger("tunesmith-agent")
 
@@ -73,16 +82,32 @@ def _parser() -> argparse.ArgumentParser:
 
 def _fetch_base(settings: FetchBaseSettings) -> None:
     target = settings.target
+    root, remedy = (target.parent, _POD_VOLUME) if settings.cache is None else (settings.cache, _CACHE_VOLUME)
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        cache = ModelCache(root, Limits(settings.storage, remedy))
         with guarded({ALLOWED_ADDRESSES: ",".join(settings.allowed_addresses)}):
             credentials = read_credentials(settings.secret)
             set_proxies(credentials)
-            fingerprint = fetch_base(settings.uri, settings.revision, target, credentials, settings.storage)
+            model = BaseModel(settings.uri, settings.revision, target)
+            fingerprint, arrival = fetch_base(model, credentials, cache)
     except ValueError as error:
         raise SetupError(f"{error}.") from None
+    except OSError as error:
+        raise SetupError(_unusable(root, error)) from None
     path = settings.fingerprint_file or target.with_name(f"{target.name}.fingerprint")
     path.write_text(fingerprint + "\n")
-    log.info("base model: %s, fingerprint %s", settings.uri, fingerprint)
+    log.info("base model: %s, fingerprint %s, %s", settings.uri, fingerprint, arrival.model_dump_json(by_alias=True))
+    _write_termination_message(arrival.model_dump_json(by_alias=True))
+
+
+def _unusable(root: Path, error: OSError) -> str:
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return (
+            f"The volume at {root} cannot be written by user {os.getuid()}, group {os.getgid()} ({error.strerror}): "
+            f"change the owner of its folder to {os.getuid()}, or its group to {os.getgid()} with write permission."
+        )
+    return f"The volume at {root} cannot be used: {error}."
 
 
 async def serve(settings: ServeSettings) -> None:
@@ -94,6 +119,7 @@ async def serve(settings: ServeSettings) -> None:
     control = _keys(settings.control_key_file, "the pool's control key")
     events = _keys(settings.events_key_file, "the pool's events key")
     metrics_digests = _keys(settings.metrics_digest_file, "the digest of the token of /metrics")
+    lock_in_use(settings.base_model_lock)
     fingerprint = _fingerprint(settings.base_fingerprint_file, settings.base_model)
     base = _base_weights(settings.base_model)
     limits = PodLimits(settings.store, fingerprint, base, settings.max_lora_rank, settings.max_adapter_ratio)
@@ -200,10 +226,14 @@ def _read(path: Path, what: str) -> str:
 def _report_exit(message: str, code: ExitCode) -> int:
     """Write the reason for the exit to the log and to the container's termination message; return the exit code."""
     sys.stderr.write(f"tunesmith-agent: {message}\n")
+    _write_termination_message(message)
+    return code
+
+
+def _write_termination_message(message: str) -> None:
     termination = Path(TERMINATION_MESSAGE_PATH)
     if termination.exists():
         termination.write_bytes(message.encode()[:TERMINATION_MESSAGE_MAX_BYTES])
-    return code
 
 
 if __name__ == "__main__":

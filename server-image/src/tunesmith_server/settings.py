@@ -23,7 +23,7 @@ from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS, STALL_SECONDS
 
 _KEYS = Path(AGENT_KEYS_FOLDER)
 _POD = Internal("the operator sets it in the pods of a pool")
-_SIZE = Internal("the operator sets it from serving.adapterStorage or serving.baseModelStorage")
+_SIZE = Internal("the operator sets it from serving.adapterStorage")
 _DEFAULT_FITS = Internal("the default fits the pods of a pool")
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -54,8 +54,14 @@ class FetchBaseSettings(_StoreReaderSettings):
     """Commit, tag or branch of an hf:// model; absent: the repository's default branch."""
     target: Annotated[Path, _POD]
     """Folder to fill."""
-    storage: Annotated[int, Field(ge=1), _SIZE]
-    """Highest number of bytes of the base model."""
+    cache: Annotated[Path | None, _POD] = None
+    """Volume with the models that pods share; absent: the target's parent, for this pod only."""
+    storage: Annotated[
+        int | None,
+        Field(ge=1),
+        Internal("the operator sets it from serving.baseModelStorage or baseModelCache.maxSize"),
+    ] = None
+    """Highest number of bytes of all models on the volume; absent: its size."""
     fingerprint_file: Annotated[Path | None, _POD] = None
     """File for the fingerprint; absent: the target's name with the suffix .fingerprint."""
 
@@ -90,6 +96,8 @@ class ServeSettings(_StoreReaderSettings):
     """Folder of the base model."""
     base_fingerprint_file: Annotated[Path, _POD] = Path("/models/base.fingerprint")
     """File with the base model's fingerprint; it is computed if the file does not exist."""
+    base_model_lock: Annotated[Path, _POD] = Path("/models/base.lock")
+    """Link to the file that is locked while the pod uses a base model of a cache; the link may be missing."""
     store: Annotated[str, Internal("the operator sets it from store")]
     """URI of the store; artifacts outside it are refused."""
     storage: Annotated[int, Field(ge=1), _SIZE]

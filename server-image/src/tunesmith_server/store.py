@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from tunesmith.api.credentials import STORE_SECRET
 from tunesmith.contracts.connections import refused_connection
 from tunesmith.storage.credentials import Credentials, Origin, Scrubber, read_secret
-from tunesmith.storage.errors import InvalidUriError, StorageError
-from tunesmith.storage.folder import ONE_TRY, Access, open_folder
+from tunesmith.storage.errors import InvalidUriError, StorageError, UnavailableError
+from tunesmith.storage.folder import ONE_TRY, Access, Retry, open_folder
 from tunesmith.storage.schemes import Client
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ class StoreError(Exception):
     """The store does not provide the requested object.
 
     `permanent`: retrying does not help. Missing objects and refused credentials are not permanent: somebody may upload
-    the object or change the credentials.
+    the object or change the credentials. `outage`: the store could not be reached, or failed.
     """
 
-    def __init__(self, message: str, *, permanent: bool) -> None:
+    def __init__(self, message: str, *, permanent: bool, outage: bool = False) -> None:
         super().__init__(message)
         self.permanent = permanent
+        self.outage = outage
 
 
 def read_credentials(folder: Path) -> Credentials:
@@ -63,7 +64,8 @@ def set_proxies(credentials: Credentials) -> None:
 def store_error(error: StorageError, credentials: Credentials) -> StoreError:
     """Return the agent's error for a storage error, without credentials in its message."""
     text = Scrubber(credentials.values).clean(f"{error}.")
-    return StoreError(text, permanent=isinstance(error, InvalidUriError))
+    outage = isinstance(error, UnavailableError)
+    return StoreError(text, permanent=isinstance(error, InvalidUriError), outage=outage)
 
 
 class StoreFolder:
@@ -72,15 +74,16 @@ class StoreFolder:
     Args:
         uri: URI such as s3://bucket/folder.
         credentials: credentials of the store.
+        retry: retry policy for outages.
 
     Raises:
         StoreError: the URI is not supported, or the credentials cannot be used.
     """
 
-    def __init__(self, uri: str, credentials: Credentials) -> None:
+    def __init__(self, uri: str, credentials: Credentials, retry: Retry = ONE_TRY) -> None:
         self.uri = uri.rstrip("/")
         access = Access(
-            ONE_TRY, refusal=refused_connection, client=_CLIENT, failure=lambda error: store_error(error, credentials)
+            retry, refusal=refused_connection, client=_CLIENT, failure=lambda error: store_error(error, credentials)
         )
         self._folder = open_folder(self.uri, credentials, access)
 
@@ -103,6 +106,14 @@ class StoreFolder:
             StoreError: the file is missing or may not be read, or the store cannot be reached.
         """
         return self._folder.size(name)
+
+    def checksum(self, name: str) -> str:
+        """Return the checksum of a file by the store, `<algorithm>:<hex>`; empty if it has none.
+
+        Raises:
+            StoreError: the file is missing or may not be read, or the store cannot be reached.
+        """
+        return self._folder.checksum(name)
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Return the bytes of a file from `start` to `end`, or up to the end of the file.

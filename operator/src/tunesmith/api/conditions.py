@@ -281,6 +281,10 @@ class ServingPoolReason(Reason):
     CONFIGURATION = _warning(
         "ContainerConfigError", "The kubelet cannot start a container, for example because a Secret is missing."
     )
+    VOLUMES_NOT_MOUNTED = _warning(
+        "VolumesNotMounted",
+        "The node of a pod has not mounted its volumes, such as a claim or an image, for two minutes.",
+    )
     BASE_MODEL_UNAVAILABLE = _warning("BaseModelUnavailable", "The base model cannot be fetched.")
     ENGINE_FAILED = _warning("EngineFailed", "The engine stopped. The message contains the last line of its log.")
     ENGINE_UNHEALTHY = _warning(

@@ -26,7 +26,7 @@ from tunesmith.storage.schemes import Use, examples
 class BaseModelSource(ApiModel):
     """Location of the base model's folder (config, tokenizer, safetensors)."""
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         *uri_rules,
         secret_rule,
         Rule(

@@ -9,9 +9,17 @@ from pydantic import ConfigDict, Field
 
 from tunesmith.api import engine_arguments
 from tunesmith.api.conditions import Condition
-from tunesmith.api.finetunejob import BaseModelSource
-from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, StatusModel, StringPattern
+from tunesmith.api.model import (
+    API_VERSION,
+    MAX_NAME,
+    ApiModel,
+    ObjectMeta,
+    Rule,
+    StatusModel,
+    StringPattern,
+)
 from tunesmith.api.placement import Resources, Scheduling, quantity_value
+from tunesmith.api.pool_base_model import BaseModelCache, CacheSize, PodBaseModel, PoolBaseModel, cache_rule
 from tunesmith.api.selector import LabelSelector
 
 if TYPE_CHECKING:
@@ -30,12 +38,6 @@ ModelName = Annotated[
         "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
     ),
 ]
-CacheSize = Annotated[
-    str,
-    Field(max_length=32),
-    StringPattern(r"^[0-9]+(Mi|Gi)$", "a cache size is a whole number with the unit Mi or Gi, such as 512Mi"),
-]
-
 min_below_max = Rule(
     "self.minReplicas <= self.maxReplicas",
     "autoscaling.minReplicas must not be above autoscaling.maxReplicas",
@@ -267,10 +269,14 @@ class ServingPoolSpec(ApiModel):
                 or quantity_value(self.engine.adapter_memory) < quantity_value(self.resources.memory)
             ),
         ),
+        cache_rule,
     )
 
     model_name: ModelName = Field(description="Model name of the base model in clients' requests.")
-    base_model: BaseModelSource = Field(description="Base model of the pool.")
+    base_model: PoolBaseModel = Field(description="Base model of the pool.")
+    base_model_cache: BaseModelCache | None = Field(
+        default=None, description="Cache of downloaded base models. Absent: every pod downloads the base model."
+    )
     engine: Engine = Field(default_factory=Engine, description="Settings of the vLLM server.")
     resources: Resources = Field(default_factory=Resources, description="Resources of each engine container.")
     scheduling: Scheduling = Field(default_factory=Scheduling, description="Scheduling constraints of the pods.")
@@ -350,6 +356,9 @@ class ServingPoolStatus(StatusModel):
     observed_generation: int | None = Field(default=None, description="Observed metadata.generation.")
     base_model_fingerprint: str | None = Field(
         default=None, max_length=128, description="Content fingerprint of the base model, as reported by the pods."
+    )
+    base_model: PodBaseModel | None = Field(
+        default=None, description="Arrival of the base model on the newest pod that has it. Absent for mounted models."
     )
     desired_replicas: int | None = Field(default=None, description="Desired number of pods.")
     desired_reason: str | None = Field(default=None, max_length=1024, description="Reason for desiredReplicas.")

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-_MAX_URI = 1024
+MAX_URI = 1024
 
 BaseModelUri = Annotated[
-    str, Field(max_length=_MAX_URI), StringPattern(pattern(Use.BASE_MODEL), f"a uri is {examples(Use.BASE_MODEL)}")
+    str, Field(max_length=MAX_URI), StringPattern(pattern(Use.BASE_MODEL), f"a uri is {examples(Use.BASE_MODEL)}")
 ]
-DataUri = Annotated[str, Field(max_length=_MAX_URI), StringPattern(pattern(Use.DATA), f"a uri is {examples(Use.DATA)}")]
+DataUri = Annotated[str, Field(max_length=MAX_URI), StringPattern(pattern(Use.DATA), f"a uri is {examples(Use.DATA)}")]
 TasksUri = Annotated[
-    str, Field(max_length=_MAX_URI), StringPattern(pattern(Use.TASKS), f"a uri is {examples(Use.TASKS)}")
+    str, Field(max_length=MAX_URI), StringPattern(pattern(Use.TASKS), f"a uri is {examples(Use.TASKS)}")
 ]
 ExportUri = Annotated[
     str,
-    Field(max_length=_MAX_URI),
+    Field(max_length=MAX_URI),
     StringPattern(
         pattern(Use.EXPORT),
         f"a uri of a copy is {examples(Use.EXPORT)}, without a trailing slash; copies to the Hugging Face Hub use hub: "

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_RETRY_SECONDS = 30.0
 """Longest time between retries of a refused write: no event announces that its cause is gone."""
@@ -29,6 +32,8 @@ class RefusalCause(StrEnum):
     QUOTA = "Quota", "delete objects that use the quota, or raise it"
     POLICY = "Policy", "change the fields that the admission policy denies, or ask its owner"
     PERMISSION = "Permission", "grant the operator the permission listed in docs/reference/rbac.md"
+    IMAGE_VOLUME = "ImageVolume", "enable the feature gate ImageVolume (Kubernetes 1.33 or newer), or use no oci:// uri"
+    """The API server accepts the object without its volumes of images, which it does not support."""
     INVALID = "Invalid", ""
     """The object itself is invalid: the same write is refused until the spec changes."""
     NAME_TAKEN = "NameTaken", ""
@@ -53,6 +58,18 @@ class Refusal:
         """Sentence with the message, the fix, and the time of the next try."""
         fix = f"; {self.cause.fix}" if self.cause.fix else ""
         return f"{self.message}{fix}; retrying within {MAX_RETRY_SECONDS:.0f} s"
+
+
+def removed_images(manifest: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:
+    """Return the names of a Deployment's volumes of images that the API server removed or replaced by empty folders."""
+    kept = {volume["name"] for volume in _volumes(written) if "image" in volume}
+    return [volume["name"] for volume in _volumes(manifest) if "image" in volume and volume["name"] not in kept]
+
+
+def _volumes(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if manifest.get("kind") != "Deployment":
+        return []
+    return manifest["spec"]["template"]["spec"].get("volumes") or []
 
 
 def cause_of(message: str, *, forbidden: bool) -> RefusalCause:

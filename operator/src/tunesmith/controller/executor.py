@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import ClusterError, ForbiddenError, InvalidError, UnavailableError
-from tunesmith.contracts.refusal import MAX_RETRY_SECONDS, Refusal, RefusalCause, cause_of
+from tunesmith.contracts.refusal import MAX_RETRY_SECONDS, Refusal, RefusalCause, cause_of, removed_images
 from tunesmith.contracts.sentence import one_line
 
 if TYPE_CHECKING:
@@ -124,6 +124,12 @@ class Executor:
                 raise
             delay = max(_FIRST_DELAY_SECONDS, 2 * before.delay) if before is not None else _FIRST_DELAY_SECONDS
             last_writes[place] = _LastWrite(digest, now, refusal=refusal, delay=min(MAX_RETRY_SECONDS, delay))
+            return refusal
+        removed = removed_images(item, written) if verb == "apply" and isinstance(written, dict) else []
+        if removed:
+            message = f"the API server removes the volume {', '.join(removed)} of {describe(item)}, which is an image"
+            refusal = Refusal(verb, item["kind"], message, RefusalCause.IMAGE_VOLUME)
+            last_writes[place] = _LastWrite(digest, now, refusal=refusal, delay=MAX_RETRY_SECONDS)
             return refusal
         if verb == "apply" and isinstance(written, dict):
             last_writes[place] = _LastWrite(digest, now, written["metadata"].get("generation"))

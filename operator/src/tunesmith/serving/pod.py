@@ -9,8 +9,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import ServingPoolReason
+from tunesmith.api.pool_base_model import BaseModelArrival
 from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import AGENT_PORT, ResidencyState
+from tunesmith.contracts.report import parse_report
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.waiting import CONFIGURATION_REASONS, IMAGE_PULL_REASONS
 
@@ -36,6 +38,8 @@ _SILENT_AGENT_SECONDS = 5.0
 """Time without a line on its stream after which a running agent is reported as a problem."""
 _AGENT_START_SECONDS = 20.0
 """Time after the start of an agent's container in which the agent need not be reachable yet."""
+_MOUNT_TIME = timedelta(minutes=2)
+"""Time after which volumes that are not mounted are reported as a problem."""
 _MIN_RESTARTS = 3
 _RECENT = timedelta(minutes=10)
 """Time for which a container has to run until the kubelet resets its restart back-off."""
@@ -68,7 +72,8 @@ class PoolPod:
     container, None while it does not run. `template`: digest of its template. `state`: the agent's latest state, None
     before the first line. `is_reporting`: True if the latest line is recent. `silent_seconds`: time for which the
     operator has read the agent's stream without receiving a line, None while it does not read it. `stream_error`:
-    error that broke that stream.
+    error that broke that stream. `base_model`: arrival of its base model, None before, and for mounted models.
+    `unmounted_since`: time since which its node has been mounting its volumes.
     """
 
     namespace: str
@@ -90,6 +95,8 @@ class PoolPod:
     is_reporting: bool = False
     silent_seconds: float | None = None
     stream_error: str = ""
+    base_model: BaseModelArrival | None = None
+    unmounted_since: datetime | None = None
 
     @property
     def engine_up(self) -> bool:
@@ -172,6 +179,8 @@ def observe_pod(
         is_reporting=is_reporting,
         silent_seconds=silent_seconds,
         stream_error=stream_error,
+        base_model=_base_model(status),
+        unmounted_since=_unmounted_since(conditions),
     )
 
 
@@ -182,6 +191,12 @@ def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
         return pod.problem if recent else None
     if pod.problem is not None:
         return pod.problem
+    if pod.unmounted_since is not None and now - pod.unmounted_since >= _MOUNT_TIME:
+        return Problem(
+            ServingPoolReason.VOLUMES_NOT_MOUNTED,
+            f"its node has not mounted its volumes within {_MOUNT_TIME.total_seconds():.0f} s: kubectl describe pod "
+            f"{pod.name} --namespace {pod.namespace} shows the reason",
+        )
     if pod.is_reporting and pod.state is not None and (pod.state.problem or pod.state.stalled):
         message = pod.state.problem or pod.state.stalled
         return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(message, MAX_PROBLEM_LENGTH))
@@ -244,6 +259,26 @@ def _running_since(status: Mapping[str, Any], name: str, created: str) -> dateti
         None,
     )  # fmt: skip
     return None if running is None else _time(running.get("startedAt") or created)
+
+
+def _unmounted_since(conditions: Mapping[str, Mapping[str, Any]]) -> datetime | None:
+    """Return when the pod was scheduled, if its volumes are not mounted, which is the first step of its start."""
+    started = conditions.get("PodReadyToStartContainers")
+    if started is None or started.get("status") != "False":
+        return None
+    return _true_since(conditions.get("PodScheduled"))
+
+
+def _base_model(status: Mapping[str, Any]) -> BaseModelArrival | None:
+    """Return what fetch-base reported when it succeeded."""
+    for container in status.get("initContainerStatuses") or ():
+        terminated = (container.get("state") or {}).get("terminated") or {}
+        if container["name"] == BASE_MODEL_CONTAINER and terminated.get("exitCode") == 0:
+            try:
+                return parse_report(BaseModelArrival, terminated.get("message") or "")
+            except ValueError:
+                return None
+    return None
 
 
 def _finished_pod_problem(status: Mapping[str, Any]) -> Problem | None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api.adapterdeployment import RevisionState
 from tunesmith.api.conditions import ConditionStatus, ServingPoolCondition
 from tunesmith.api.conditions import ServingPoolReason as Reason
+from tunesmith.api.image_volume import image_volume
+from tunesmith.api.pool_base_model import PodBaseModel
 from tunesmith.api.servingpool import MAX_LISTED_PODS, PodUsage, PoolPhase, ServingPoolStatus
 from tunesmith.contracts.agent import DesiredAdapter, PodUse, ResidencyState
 from tunesmith.contracts.sentence import one_line
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from tunesmith.serving.pod import PoolPod
 
 _VICTIM_COST = -1000
+_IMAGES = (
+    "; for an oci:// base model the kubelet needs the feature gate ImageVolume, and a runtime that mounts images, such "
+    "as containerd 2.1 or CRI-O 1.33"
+)
 _FINGERPRINT = re.compile(r"[a-z0-9]+:[0-9a-zA-Z]{1,96}")
 _MAX_WAIT_WITH_OTHERS = timedelta(minutes=5)
 """Time after which a pod gets requests although an adapter is still being loaded, while other pods serve."""
@@ -320,7 +326,7 @@ def _status(
     ready = sum(1 for pod in living if pod.serving)
     used = sum(len(frozenset(keys) - placement.best_effort) for keys in placement.pods.values())
     fingerprint, differing = _fingerprint(pool, living)
-    problem = _first_problem(observation, living, ready, now)
+    problem = _first_problem(pool, observation, living, ready, now)
     conditions = {
         ServingPoolCondition.AVAILABLE: _available(observation, ready, living, problem),
         ServingPoolCondition.PROGRESSING: _progressing(observation, ready, living),
@@ -342,6 +348,7 @@ def _status(
         conditions=conditions_of(pool.status.conditions, conditions, pool.metadata.generation, now),
         observed_generation=pool.metadata.generation,
         base_model_fingerprint=fingerprint,
+        base_model=_base_model(pool, living),
         desired_replicas=observation.decision.replicas,
         desired_reason=old.desired_reason
         if is_same_size and old.desired_reason
@@ -510,7 +517,7 @@ def _scaling(observation: PoolObservation) -> _ConditionState:
 
 
 def _first_problem(
-    observation: PoolObservation, living: Sequence[PoolPod], ready: int, now: datetime
+    pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod], ready: int, now: datetime
 ) -> Problem | None:
     """Return the first pod's problem, with the number of other pods that have one.
 
@@ -523,7 +530,8 @@ def _first_problem(
     pod, problem = found[0]
     more = len(found) - 1
     others = f"; {more} more pod{' reports a problem' if more == 1 else 's report problems'}" if more else ""
-    return Problem(problem.reason, f"pod {pod.name}: {problem.message}{others}")
+    needs_images = problem.reason is Reason.VOLUMES_NOT_MOUNTED and image_volume(pool.spec.base_model.uri) is not None
+    return Problem(problem.reason, f"pod {pod.name}: {problem.message}{_IMAGES if needs_images else ''}{others}")
 
 
 def refusal_of_pods(deployment: Mapping[str, Any] | None) -> str | None:
@@ -537,6 +545,15 @@ def refusal_of_pods(deployment: Mapping[str, Any] | None) -> str | None:
         ),
         None,
     )
+
+
+def _base_model(pool: ServingPool, living: Sequence[PoolPod]) -> PodBaseModel | None:
+    """Return the arrival of the base model on the newest pod that has it, else the last one that was known."""
+    arrivals = [(pod.created, pod.name, pod.base_model) for pod in living if pod.base_model is not None]
+    if not arrivals:
+        return pool.status.base_model
+    _, name, arrival = max(arrivals, key=lambda entry: entry[:2])
+    return PodBaseModel(pod=name, **arrival.model_dump())
 
 
 def _fingerprint(pool: ServingPool, living: Sequence[PoolPod]) -> tuple[str | None, str | None]:

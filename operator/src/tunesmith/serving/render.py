@@ -27,9 +27,10 @@ from tunesmith.contracts.environment import (
     SERVING_KEY_FILE,
 )
 from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
-from tunesmith.contracts.location import owned_name, volume_claim
+from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.network import NetworkPolicySettings, network_policy
 from tunesmith.contracts.ownership import controller_of
+from tunesmith.serving import base_model
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ Manifest = dict[str, Any]
 
 _USER = 65532
 _POD_UID: Manifest = {"name": POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
-_BASE = "/models/base"
-_FINGERPRINT = "/models/base.fingerprint"
 _RUN = str(AGENT_STATE_FOLDER)
 _ENGINE_KEYS = "/etc/tunesmith/engine"
 _ADMIN_TOKEN_FILE = str(AGENT_STATE_FOLDER / ADMIN_TOKEN)
@@ -218,7 +217,7 @@ def _pod(pool: ServingPool, settings: PoolSettings) -> Manifest:
         "readinessGates": [{"conditionType": READINESS_GATE}],
         # A mounted base model needs no download: the agent computes its fingerprint.
         "initContainers": [
-            *([] if volume_claim(pool.spec.base_model.uri) else [_base_model(pool, settings)]),
+            *([] if base_model.is_mounted(pool) else [_base_model(pool, settings)]),
             _agent(pool, settings),
         ],
         "containers": [_engine(pool, settings)],
@@ -239,24 +238,19 @@ def _pod(pool: ServingPool, settings: PoolSettings) -> Manifest:
 
 
 def _base_model(pool: ServingPool, settings: PoolSettings) -> Manifest:
-    source = pool.spec.base_model
-    arguments = ["fetch-base", "--uri", source.uri, "--target", _BASE, "--fingerprint-file", _FINGERPRINT]
-    if source.revision is not None:
-        arguments += ["--revision", source.revision]
-    reference = source.secret_ref
+    reference = pool.spec.base_model.secret_ref
     volume, secret = ("store-secret", STORE_SECRET) if reference is None else ("base-model-secret", reference.name)
     folder = f"{_SECRETS}/{secret}"  # contains the Secret's name, for messages
-    arguments += ["--secret", folder, "--storage", str(_bytes(settings.base_model_storage))]
     mounts = [
-        _models(pool, read_only=False),
+        *base_model.mounts(pool, read_only=False),
         _mount("tmp-base-model", "/tmp"),  # noqa: S108 - an emptyDir of its own
         _mount(volume, folder, read_only=True),
     ]
     return {
         "name": BASE_MODEL_CONTAINER,
-        **_agent_image_fields(settings, _volume_sizes(pool, settings)["models"] + _TEMPORARY_SIZE),
+        **_agent_image_fields(settings, _volume_sizes(pool, settings)["models"] + base_model.FETCH_SIZE),
         "command": ["tunesmith-agent"],
-        "args": arguments,
+        "args": base_model.fetch_arguments(pool, settings, folder),
         "volumeMounts": mounts,
     }
 
@@ -282,7 +276,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "--secret", f"{_SECRETS}/{STORE_SECRET}",
             "--storage", str(_bytes(settings.adapter_storage)),
             "--max-adapter-ratio", f"{settings.max_adapter_ratio:g}",
-            "--base-fingerprint-file", _FINGERPRINT,
+            "--base-fingerprint-file", base_model.FINGERPRINT_FILE,
             "--max-lora-rank", str(engine.max_lora_rank),
             "--max-adapters", str(engine.adapter_capacity),
             "--drain-seconds", str(pool.spec.drain_seconds),
@@ -293,7 +287,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
         "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 120},
         "livenessProbe": {**probe, "periodSeconds": 10, "failureThreshold": 6},
         "volumeMounts": [
-            _models(pool, read_only=True),
+            *base_model.mounts(pool, read_only=True),
             _mount("adapters", "/adapters"),
             _mount("run", _RUN),
             _mount("agent-keys", str(AGENT_KEYS_FOLDER), read_only=True),
@@ -311,7 +305,7 @@ def _engine(pool: ServingPool, settings: PoolSettings) -> Manifest:
         "name": ENGINE_CONTAINER,
         "image": pool.spec.engine.image or settings.engine_image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": ["python3", "-m", "tunesmith_launch", _BASE],
+        "command": ["python3", "-m", "tunesmith_launch", base_model.BASE_FOLDER],
         "args": _engine_arguments(pool),
         "env": _engine_variables(pool),
         "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
@@ -335,7 +329,7 @@ def _engine(pool: ServingPool, settings: PoolSettings) -> Manifest:
         "lifecycle": {"preStop": {"exec": {"command": ["python3", "-c", _DRAIN % (pool.spec.drain_seconds + 10)]}}},
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
-            _models(pool, read_only=True),
+            *base_model.mounts(pool, read_only=True),
             _mount("adapters", "/adapters", read_only=True),
             _mount("run", _RUN, read_only=True),
             _mount("engine-keys", _ENGINE_KEYS, read_only=True),
@@ -450,13 +444,6 @@ def _restricted() -> Manifest:
     return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 
 
-def _models(pool: ServingPool, *, read_only: bool) -> Manifest:
-    claim = volume_claim(pool.spec.base_model.uri)
-    if claim is None:
-        return _mount("models", "/models", read_only=read_only)
-    return {**_mount("models", _BASE, read_only=True), **({"subPath": claim[1]} if claim[1] else {})}
-
-
 def _volume_sizes(pool: ServingPool, settings: PoolSettings) -> dict[str, int]:
     """Return the size limits in bytes of the volumes on the node's disk.
 
@@ -469,14 +456,11 @@ def _volume_sizes(pool: ServingPool, settings: PoolSettings) -> dict[str, int]:
         "tmp-agent": _TEMPORARY_SIZE,
         "tmp-engine": _ENGINE_TEMPORARY_SIZE,
     }
-    if volume_claim(pool.spec.base_model.uri) is None:
-        sizes |= {"models": _bytes(settings.base_model_storage) * 17 // 16, "tmp-base-model": _TEMPORARY_SIZE}
-    return sizes
+    return sizes | base_model.volume_sizes(pool, settings)
 
 
 def _volumes(pool: ServingPool, settings: PoolSettings) -> list[Manifest]:
-    claim = volume_claim(pool.spec.base_model.uri)
-    volumes: list[Manifest] = [
+    return [
         *({"name": name, "emptyDir": {"sizeLimit": str(size)}} for name, size in _volume_sizes(pool, settings).items()),
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": pool.spec.resources.memory}},
         # Optional: no keys are needed if pods have a cloud identity. An adapter whose download needs keys reports that
@@ -484,12 +468,8 @@ def _volumes(pool: ServingPool, settings: PoolSettings) -> list[Manifest]:
         {"name": "store-secret", "secret": {"secretName": STORE_SECRET, "defaultMode": 0o440, "optional": True}},
         _keys(pool, "agent-keys", CONTROL_KEY, EVENTS_KEY, METRICS_DIGEST),
         _keys(pool, "engine-keys", SERVING_KEY),
+        *base_model.volumes(pool),
     ]
-    if claim is not None:
-        volumes.append({"name": "models", "persistentVolumeClaim": {"claimName": claim[0], "readOnly": True}})
-    elif (secret := pool.spec.base_model.secret_ref) is not None:
-        volumes.append({"name": "base-model-secret", "secret": {"secretName": secret.name, "defaultMode": 0o440}})
-    return volumes
 
 
 def _keys(pool: ServingPool, volume: str, *entries: str) -> Manifest:

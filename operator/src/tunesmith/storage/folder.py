@@ -148,11 +148,13 @@ class StoredFile:
         name: path in the folder.
         size: size in bytes.
         modified: time of its last change; None if the store does not report it.
+        version: value that differs after every write, such as an ETag; empty if the store does not report one.
     """
 
     name: str
     size: int
     modified: datetime | None = None
+    version: str = ""
 
 
 def open_folder(
@@ -395,6 +397,11 @@ class Folder:
         path = self._at(name)
         return self._attempt(lambda: int(self._filesystem.size(path) or 0), name)
 
+    def checksum(self, name: str) -> str:
+        """Return the checksum of a file that the store has computed, `<algorithm>:<hex>`; empty if it has none."""
+        path = self._at(name)
+        return self._attempt(lambda: self._scheme.checksum(self._filesystem, path), name)
+
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return bytes of one file, by a ranged read."""
         path = self._at(name)
@@ -559,7 +566,12 @@ class Folder:
         modified = entry.get("last_modified" if self._access.native else self._scheme.modified)
         if isinstance(modified, int | float):
             modified = datetime.fromtimestamp(modified, UTC)
-        return StoredFile(name, int(entry.get("size") or 0), modified if isinstance(modified, datetime) else None)
+        return StoredFile(
+            name,
+            int(entry.get("size") or 0),
+            modified if isinstance(modified, datetime) else None,
+            str(entry.get(self._scheme.version) or ""),
+        )
 
     def _check_lists(self) -> None:
         if not self._scheme.lists:

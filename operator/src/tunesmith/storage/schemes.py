@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.storage.checksums import az_checksum, gs_checksum, no_checksum, s3_checksum
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -100,6 +102,9 @@ class Scheme:
         mounted: True if Kubernetes mounts it, so it needs no credentials.
         list_options: arguments that make a listing bypass the cache.
         modified: key of a listing's entry with the time of a file's last change.
+        version: key of a listing's entry with a value that differs after every write.
+        checksum: returns the checksum that the store has of a file, `<algorithm>:<hex>`, or an empty text, for the file
+            system and a path.
         no_credentials: returns True for an exception that means that no credentials were found.
         denied: returns True for an exception, besides PermissionError, that means that access is denied.
         missing: returns True for an exception, besides FileNotFoundError, that means that something does not exist.
@@ -134,6 +139,8 @@ class Scheme:
     mounted: bool = False
     list_options: Mapping[str, Any] = field(default_factory=dict)
     modified: str = ""
+    version: str = ""
+    checksum: Callable[[Any, str], str] = no_checksum
     no_credentials: Callable[[BaseException], bool] = _never
     denied: Callable[[BaseException], bool] = _never
     missing: Callable[[BaseException], bool] = _never
@@ -385,6 +392,8 @@ SCHEMES = (
         ),
         list_options={"refresh": True},
         modified="LastModified",
+        version="ETag",
+        checksum=s3_checksum,
         no_credentials=lambda error: is_instance(error, "NoCredentialsError", "PartialCredentialsError"),
         denied=_s3_denied,
         no_bucket=lambda error: _s3_answer(error)[0] == "NoSuchBucket",
@@ -407,6 +416,8 @@ SCHEMES = (
         malformed=_google_key_fault,
         unreadable="its private_key cannot be read",
         modified="mtime",
+        version="generation",
+        checksum=gs_checksum,
         denied=_gs_denied,
         invalid=lambda error: isinstance(error, ValueError) and str(error).startswith("Bad Request: "),
     ),
@@ -428,6 +439,8 @@ SCHEMES = (
         key_note="the connection string, or the account's name and key",
         reserved=(r"[?#]", "has a '?' or '#', which Azure's library does not support: rename the blob"),
         modified="last_modified",
+        version="etag",
+        checksum=az_checksum,
         denied=_az_denied,
         missing=lambda error: is_instance(error, "ResourceNotFoundError"),
     ),

@@ -1,0 +1,25 @@
+"""fetch-base with a chosen number of parallel reads, and its peak memory."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+
+from tunesmith_server import base_download
+from tunesmith_server.main import run
+
+
+def main(arguments: list[str]) -> int:
+    """Run fetch-base: `--reads N -- FLAGS`."""
+    own, flags = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stdout)
+    if own:
+        base_download.PARALLEL_READS = int(own[1])
+    code = run(["fetch-base", *flags])
+    print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
