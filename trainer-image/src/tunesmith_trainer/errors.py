@@ -94,10 +94,12 @@ class NothingLearnedError(TrainerError):
 
 
 class SelfCheckError(TrainerError):
-    """The result differs from what was requested: a fault of the trainer or of its libraries."""
+    """The result differs from what was requested: a fault of the trainer or of its libraries.
+
+    Runs are bit-identical, so the next attempt would have it too.
+    """
 
     reason = FailureReason.INTERNAL_ERROR
-    retryable = True
 
 
 class InterruptedRunError(Exception):

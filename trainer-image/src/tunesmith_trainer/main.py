@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -64,18 +65,25 @@ _ENVIRONMENT = {
 }
 
 
-_DETERMINISTIC = (
+_PROGRAM_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    BufferError,
     ImportError,
     LookupError,
     NameError,
-    NotImplementedError,
+    RuntimeError,
+    StopIteration,
+    SyntaxError,
     TypeError,
     ValueError,
 )
-"""Errors of a program, which another attempt would raise again; those of devices and stores are others."""
+"""Errors of a program, which another attempt would raise again; those of devices, stores and trackers are others."""
+_OF_DEVICES = re.compile(r"CUDA (error|driver)|CUBLAS_STATUS|cuDNN error|CUDNN_STATUS|cusolver error|NCCL|NVML")
+"""Text of the errors of GPUs, which torch raises as RuntimeError."""
+_OF_INDICES = "device-side assert"
+"""Text of the error of a GPU whose program read or wrote outside of a tensor."""
 
 
 def main() -> NoReturn:
@@ -110,14 +118,15 @@ def _run(options: RunOptions, argv: Sequence[str], scrubber: Scrubber) -> int:
     except InterruptedRunError as error:
         result = termination.interrupted_result(error, local=options.output_folder is not None)
     except Exception as error:  # noqa: BLE001 - every error becomes a result
-        result = _failure(error, termination.ranks)
+        result = failure(error, termination.ranks)
     if result.lost_peer:
         result = termination.after_lost_peer(result)
     termination.report(result)
     return int(result.exit_code)
 
 
-def _failure(error: Exception, ranks: Ranks) -> TrainerResult:
+def failure(error: Exception, ranks: Ranks) -> TrainerResult:
+    """Return the result of a run that raised an error."""
     known = error if isinstance(error, TrainerError) else denied(error, "a connection") or lost_peer(error, ranks)
     if known is None:
         log.error("unexpected error", exc_info=error)
@@ -126,7 +135,7 @@ def _failure(error: Exception, ranks: Ranks) -> TrainerResult:
             outcome=Outcome.FAILED,
             reason=FailureReason.INTERNAL_ERROR,
             message=f"unexpected {type(error).__name__}: {text}; the log has the traceback",
-            retryable=not isinstance(error, _DETERMINISTIC),
+            retryable=not _is_deterministic(error),
         )
     log.debug("failed", exc_info=error)
     return TrainerResult(
@@ -136,6 +145,13 @@ def _failure(error: Exception, ranks: Ranks) -> TrainerResult:
         retryable=known.retryable,
         lost_peer=isinstance(known, PeerLostError),
     )
+
+
+def _is_deterministic(error: Exception) -> bool:
+    """Return True if another attempt would raise the same unexpected error."""
+    text = str(error)
+    of_device = _OF_DEVICES.search(text) is not None and _OF_INDICES not in text
+    return isinstance(error, _PROGRAM_ERRORS) and not (isinstance(error, RuntimeError) and of_device)
 
 
 def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None) -> None:

@@ -24,7 +24,7 @@ from tunesmith_trainer.artifact import card, curves, merge, parity
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.base_model.logits import relative_distance
 from tunesmith_trainer.base_model.precision import dtype_of
-from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.errors import SelfCheckError, StorageUnavailableError
 from tunesmith_trainer.methods import conversion, full, servable
 from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.store import file_sha256
@@ -230,7 +230,7 @@ def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> Artifac
             return _status(target.uri, manifest, data)
         published = find(target)
     if published is None:
-        raise SelfCheckError(
+        raise StorageUnavailableError(
             f"{ARTIFACT_MANIFEST} in {target.uri} existed when this attempt was about to write it, and has since been"
             " deleted"
         )
