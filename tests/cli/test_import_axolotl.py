@@ -244,10 +244,16 @@ KINDS = {
                 "format": "Text",
                 "columns": {"text": "body"},
             },
-            "hyperparameters": {"maxSteps": 200, "warmupSteps": 10, "minLearningRateRatio": 0.1, "batchSize": 2},
+            "hyperparameters": {
+                "maxSteps": 200,
+                "warmupSteps": 10,
+                "minLearningRateRatio": 0.1,
+                "batchSize": 2,
+                "precision": "float16",
+            },
             "evaluation": {"earlyStopping": {"patience": 4, "minDelta": 0.0}},
         },
-        omitted=frozenset({"load_in_8bit", "fp16"}),
+        omitted=frozenset({"load_in_8bit"}),
     ),
     "llama-3/instruct-dpo-lora-8b.yml": Kind(
         """

@@ -84,6 +84,8 @@ class Family:
         settings: keywords of its configuration class.
         explicit: names for targetModules.
         experts: names for targetParameters; empty without experts.
+        engine: further arguments of vLLM's `LLM`.
+        unmeasured: reason why vLLM cannot serve it on a CPU; empty: it can.
     """
 
     name: str
@@ -91,6 +93,8 @@ class Family:
     settings: dict[str, Any] = field(default_factory=lambda: dict(_DENSE))
     explicit: tuple[str, ...] = ("q_proj", "v_proj")
     experts: tuple[str, ...] = ()
+    engine: dict[str, Any] = field(default_factory=dict)
+    unmeasured: str = ""
 
     @property
     def config(self) -> PretrainedConfig:

@@ -1,12 +1,15 @@
 """Runs in vLLM's environment: loads adapters and compares their answers with their parity.json.
 
-Reads `{"base": folder, "artifacts": {key: folder}}` and writes beside it, by key, `{"difference", "base"}` of adapter
-and base, `{"error"}` of an adapter that is refused, or `{"failure"}` of an engine that does not run.
+Reads `[{"base": folder, "artifacts": {key: folder}, "answers": file}]` and writes to each file, by key,
+`{"difference", "base"}` of adapter and base, `{"error"}` of an adapter that is refused, or `{"failure"}` of an engine
+that does not run.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -14,6 +17,10 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import registry
+
+SECONDS = 1800
+"""Time limit of an engine."""
 
 
 def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None) -> float:
@@ -32,7 +39,7 @@ def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None)
     return found
 
 
-def answer(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def answers_of(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the answer of each artifact."""
     engine = LLM(
         model=request["base"],
@@ -43,6 +50,7 @@ def answer(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
         max_model_len=256,
         kv_cache_memory_bytes=64 * 2**20,
         enforce_eager=True,
+        **request.get("arguments", {}),
     )
     answers: dict[str, dict[str, Any]] = {}
     for number, (key, folder) in enumerate(request["artifacts"].items(), 1):
@@ -56,16 +64,36 @@ def answer(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return answers
 
 
-def main(listed: Path) -> None:
-    """Compare all adapters listed in the file; see the module's docstring."""
-    request = json.loads(listed.read_text())
+def probe(request: dict[str, Any]) -> None:
+    """Write the answers of one engine, in a process of its own, which has vLLM's modules already."""
+    target = Path(request["answers"])
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        if not target.exists():
+            text = f"the engine exited with status {os.waitstatus_to_exitcode(status)}"
+            target.write_text(json.dumps({key: {"failure": text} for key in request["artifacts"]}))
+        return
+    signal.alarm(SECONDS)
+    with target.with_suffix(".log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    # vLLM would start another process for it, which imports everything again.
+    registry._run_in_subprocess = lambda inspect: inspect()
     try:
-        answers = answer(request)
+        answers = answers_of(request)
     except Exception as error:  # noqa: BLE001 - an engine that fails is an answer
         traceback.print_exc()
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         answers = {key: {"failure": text} for key in request["artifacts"]}
-    listed.with_suffix(".answers").write_text(json.dumps(answers))
+    target.write_text(json.dumps(answers))
+    os._exit(0)
+
+
+def main(listed: Path) -> None:
+    """Start an engine for each request; see the module's docstring."""
+    for request in json.loads(listed.read_text()):
+        probe(request)
 
 
 if __name__ == "__main__":

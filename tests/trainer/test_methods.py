@@ -134,7 +134,7 @@ _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "saved in 4 bits": (
         {"qlora": {"targetModules": ["q_proj"], "modulesToSave": ["v_proj"]}},
-        "v_proj is held in 4 bits and cannot be trained whole",
+        "v_proj is held quantised and cannot be trained whole",
     ),
     "odd pattern": (
         {"lora": {"rank": 4, "initialization": "Orthogonal", "rankPattern": {"q_proj": 3}}},

@@ -16,17 +16,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.architectures import FAMILIES, Family, make
-from tests.trainer.verify_methods import ask_engine, compare_reloaded, figure, parser_of, report, try_case, write_line
+from tests.trainer.verify_methods import (
+    PARITY_LIMIT,
+    ask_engines,
+    compare_reloaded,
+    engine_request,
+    figure,
+    fill_in_answers,
+    parser_of,
+    report,
+    try_case,
+    write_line,
+)
+from tunesmith.contracts.parity import PARITY_FILE, Parity
 
 if TYPE_CHECKING:
     from tests.trainer.verify_methods import Tried
 
 DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
 _LORA = {"rank": 4, "alpha": 8}
+_RATE = 0.02
+"""Learning rate with which each adapted module has an effect that an engine's answers reveal."""
+_LEAST_EFFECT = 10 * PARITY_LIMIT
 
 
 def methods_of(family: Family) -> dict[str, tuple[dict[str, Any], str]]:
@@ -52,6 +67,41 @@ def of_peft(family: Family) -> int:
     except ValueError:
         return 0
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def least_effect(base: Path, artifact: Path) -> tuple[float, str]:
+    """Return the least change of a recorded log-probability without the modules of a name, and that name.
+
+    An engine whose answers are nearer than that applies the adapter to all modules.
+    """
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), artifact)
+    parity = Parity.model_validate_json((artifact / PARITY_FILE).read_bytes())
+    expected = _chosen(model, parity)
+    by_name: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            by_name.setdefault(name.split(".lora_B.")[0].rpartition(".")[2], []).append(parameter.data)
+    found = []
+    for name, tensors in by_name.items():
+        kept = [tensor.clone() for tensor in tensors]
+        for tensor in tensors:
+            tensor.zero_()
+        found.append((float((_chosen(model, parity) - expected).abs().max()), name))
+        for tensor, before in zip(tensors, kept, strict=True):
+            tensor.copy_(before)
+    return min(found)
+
+
+def _chosen(model: Any, parity: Parity) -> torch.Tensor:
+    """Return the log-probabilities of the recorded answers' tokens."""
+    scores = []
+    for probe in parity.probes:
+        answer = torch.tensor(probe.answer_token_ids)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*probe.prompt_token_ids, *probe.answer_token_ids]])).logits
+        rows = torch.log_softmax(logits[0, -len(answer) - 1 : -1], dim=-1)
+        scores.append(rows.gather(1, answer[:, None])[:, 0])
+    return torch.cat(scores)
 
 
 def check_reason(tried: Tried) -> None:
@@ -108,7 +158,8 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
         elif not artifact.servable.vllm:
             cells += [f"no {note(family, artifact.servable.reason)}", "–"]
         else:
-            cells += ["yes", lora.engine or "not measured"]
+            unmeasured = f"not measured {note(family, family.unmeasured)}" if family.unmeasured else "not measured"
+            cells += ["yes", lora.engine or unmeasured]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*_HEAD, *lines, "", "## Notes", "", *(f"{i}. {text}" for i, text in enumerate(notes, 1)), ""])
 
@@ -152,6 +203,7 @@ def main() -> int:
     torch.set_num_threads(1)
     families = [family for family in FAMILIES if not arguments.only or family.name in arguments.only]
     tried: dict[str, Tried] = {}
+    requests = []
     with tempfile.TemporaryDirectory() as name:
         work = arguments.work or Path(name)
         for family in families:
@@ -159,16 +211,32 @@ def main() -> int:
             own: dict[str, Tried] = {}
             for column, (method, merge) in methods_of(family).items():
                 key = f"{family.name}/{column}"
-                own[key] = try_case(method, base, work / "runs" / family.model_type / column, merge)
+                rate = _RATE if column in {"lora", "named"} else None
+                own[key] = try_case(method, base, work / "runs" / family.model_type / column, merge, rate)
                 check_reason(own[key])
                 write_line(f"{key}: {own[key].result.message if own[key].result.reason else 'trained'}")
             check_count(own[f"{family.name}/lora"], family)
-            if arguments.engine:
-                lora = {key: one for key, one in own.items() if key.endswith(("/lora", "/named"))}
-                ask_engine(lora, base, arguments.engine, work / "runs" / family.model_type)
+            lora = {key: one for key, one in own.items() if key.endswith(("/lora", "/named"))}
+            if not family.unmeasured:
+                requests.append(engine_request(lora, base, work / "runs" / family.model_type, **family.engine))
+            for one in lora.values():
+                check_effect(one, base)
             tried |= own
         compare_reloaded(tried, work)
+        if arguments.engine:
+            ask_engines(requests, arguments.engine, work)
+            for request in requests:
+                fill_in_answers(tried, request)
     return report(document(tried, families), DOCUMENT, tried, only=bool(arguments.only))
+
+
+def check_effect(tried: Tried, base: Path) -> None:
+    """Note an adapter of which an engine's answers would not reveal whether it is applied to all modules."""
+    if tried.result.artifact is None or not tried.result.artifact.servable.vllm:
+        return
+    effect, name = least_effect(base, tried.artifact)
+    if effect < _LEAST_EFFECT:
+        tried.problems.append(f"the answers do not reveal whether {name} has its adapter: they change by {effect:.1e}")
 
 
 def check_count(tried: Tried, family: Family) -> None:

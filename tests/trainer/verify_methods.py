@@ -65,14 +65,14 @@ class Tried:
     problems: list[str] = field(default_factory=list)
 
 
-def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str) -> Tried:
-    """Train with the trainer's command; also merge if possible."""
+def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str, rate: float | None = None) -> Tried:
+    """Train with the trainer's command, at the method's learning rate or another one; also merge if possible."""
     rows = write_rows(folder / "train.jsonl", chat_rows(24))
     job = job_manifest(
         f"file://{base}",
         f"file://{rows}",
         method=method,
-        hyperparameters={"maxSteps": 4, "batchSize": 4},
+        hyperparameters={"maxSteps": 4, "batchSize": 4} | ({} if rate is None else {"learningRate": rate}),
         output={"merge": merge},
     )
     tried = _train(folder / "merged", job, base)
@@ -164,15 +164,28 @@ def compare_reloaded(tried: dict[str, Tried], work: Path) -> None:
             one.problems.append(f"reloaded, its logits differ by {one.reload:.1e}")
 
 
-def ask_engine(tried: dict[str, Tried], base: Path, engine: Path, work: Path) -> None:
-    """Fill in the results of a real vLLM with the adapters reported as servable."""
+def engine_request(tried: dict[str, Tried], base: Path, work: Path, **arguments: Any) -> dict[str, Any]:
+    """Return the request for `ask_engines` about the adapters that are reported as servable.
+
+    Args:
+        tried: what was trained on one base.
+        base: folder of the base.
+        work: folder for the answers.
+        arguments: further arguments of vLLM's `LLM`.
+    """
     served = {
         key: str(one.artifact)
         for key, one in tried.items()
         if one.result.artifact is not None and one.result.artifact.servable.vllm
     }
+    answers = work / "engine.answers"
+    return {"base": str(base), "artifacts": served, "answers": str(answers), "arguments": arguments}
+
+
+def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path) -> None:
+    """Have a real vLLM answer the requests that have no answers yet."""
     listed = work / "engine.json"
-    listed.write_text(json.dumps({"base": str(base), "artifacts": served}))
+    listed.write_text(json.dumps([one for one in requests if one["artifacts"] and not Path(one["answers"]).exists()]))
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -182,15 +195,21 @@ def ask_engine(tried: dict[str, Tried], base: Path, engine: Path, work: Path) ->
     }
     probe = Path(__file__).with_name("engine_probe.py")
     subprocess.run([engine / "bin/python", probe, listed], check=True, env=environment)
-    for key, answer in json.loads(listed.with_suffix(".answers").read_text()).items():
+
+
+def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any]) -> None:
+    """Fill in the results of `ask_engines`."""
+    answers = json.loads(Path(request["answers"]).read_text()) if request["artifacts"] else {}
+    for key, answer in answers.items():
         one = tried[key]
-        if "error" in answer:
+        if "difference" not in answer:
             one.engine = "refuses it"
-            one.problems.append(f"vLLM does not load it: {answer['error']}")
-        else:
-            one.engine = figure(answer["difference"])
-            if not answer["difference"] <= PARITY_LIMIT:
-                one.problems.append(f"vLLM's log-probabilities differ by {answer['difference']:.1e}")
+            one.problems.append(f"vLLM does not load it: {answer}")
+            continue
+        one.engine = figure(answer["difference"])
+        for what, found in (("", answer["difference"]), (" without the adapter", answer["base"])):
+            if not found <= PARITY_LIMIT:
+                one.problems.append(f"vLLM's log-probabilities{what} differ by {found:.1e}")
 
 
 def figure(value: float | None) -> str:
@@ -330,7 +349,9 @@ def main() -> int:
                     tried[key].problems.append(f"it fails: {tried[key].result.message}")
         compare_reloaded(tried, work)
         if arguments.engine:
-            ask_engine(tried, base, arguments.engine, work)
+            request = engine_request(tried, base, work)
+            ask_engines([request], arguments.engine, work)
+            fill_in_answers(tried, request)
     return report(document(tried), DOCUMENT, tried, only=bool(arguments.only))
 
 

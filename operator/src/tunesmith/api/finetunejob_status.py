@@ -107,6 +107,12 @@ class Resolved(StatusModel):
     precision: Precision | None = Field(
         default=None, description="Type of the frozen weights and of the matrix products."
     )
+    quantization: str | None = Field(
+        default=None,
+        max_length=16,
+        description="Quantisation in which the base model's weights are held: nf4 or fp4 (4 bits), or int8 (8 bits). A "
+        "base model that is published in one of them keeps it. Absent: they are not quantised.",
+    )
     data_parallelism: DataParallelism | None = Field(
         default=None, description="Distribution of the base model over GPUs. Absent with one process."
     )

@@ -36,9 +36,10 @@ class Scheduler(StrEnum):
 
 
 class Precision(StrEnum):
-    """Data type of the frozen weights and of matrix products. Trained weights are float32 in either case."""
+    """Data type of the frozen weights and of matrix products. Trained weights are float32 in any case."""
 
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
     FLOAT32 = "float32"
 
 
@@ -156,8 +157,10 @@ class Hyperparameters(ApiModel):
     )
     precision: Precision | None = Field(
         default=None,
-        description="Data type of the frozen weights and of matrix products. Trained weights are float32 in either "
-        "case. Absent: bfloat16 on a GPU, float32 on a CPU.",
+        description="Data type of the frozen weights and of matrix products. Trained weights are float32 in any case. "
+        "float16 is for GPUs that do not compute in bfloat16, such as T4 and V100: the loss is scaled so that small "
+        "gradients are kept, and a step whose gradients overflow is computed again with half the scale. Absent: "
+        "bfloat16 on a GPU, float32 on a CPU.",
     )
     neftune_noise_alpha: float | None = Field(
         default=None,

@@ -294,6 +294,7 @@ class _Reader(Draft):
             self.put("hyperparameters.gradientCheckpointing", self.read("gradient_checkpointing"))
         if isinstance(self.given.get("torch_compile"), bool):
             self.put("hyperparameters.torchCompile", self.read("torch_compile"))
-        bfloat16, half = self.read("bf16", default=self.given.get("bfloat16", "auto")), self.given.get("fp16")
-        if not bfloat16 and not half:
-            self.put("hyperparameters.precision", "float32")
+        bfloat16 = self.read("bf16", default=self.given.get("bfloat16", "auto"))
+        half = self.read("fp16", default=self.given.get("float16", False))
+        if not bfloat16:
+            self.put("hyperparameters.precision", "float16" if half else "float32")

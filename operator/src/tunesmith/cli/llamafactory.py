@@ -284,6 +284,8 @@ class _Reader(Draft):
         self.measurements(float(self.given.get("num_train_epochs", _EPOCHS)))
         if self.read("disable_gradient_checkpointing", default=False):
             self.put("hyperparameters.gradientCheckpointing", value=False)
+        if self.read("fp16", default=False):
+            self.put("hyperparameters.precision", "float16")
         self.tables(self._keys.fields, self._keys.values)
 
     def output(self) -> None:

@@ -90,7 +90,7 @@ def text(
             f"| Modules | {', '.join(resolved.target_modules or []) or 'none'} |",
             f"| Steps, batch size | {_steps(prepared, evaluation)}, {resolved.batch_size} |",
             f"| Learning rate | {resolved.learning_rate:g}, {spec.hyperparameters.scheduler} |",
-            f"| Precision | {_precision(prepared, spec.method)} |",
+            f"| Precision | {_precision(prepared)} |",
             f"| Seed | {spec.hyperparameters.seed} |",
             f"| Data | {_sources(spec.dataset.train)}; {resolved.dataset_digest} |",
             f"| Held out | {_held_out(spec.dataset)} |",
@@ -186,9 +186,9 @@ def _described(name: str, fields: ApiModel) -> str:
     return f"{name}: {', '.join(settings)}" if settings else name
 
 
-def _precision(prepared: Prepared, method: Method) -> str:
-    precision, quantization = prepared.resolved.precision, method.quantization
-    return f"{precision}, the base in {quantization.type}" if quantization is not None else f"{precision}"
+def _precision(prepared: Prepared) -> str:
+    precision, quantization = prepared.resolved.precision, prepared.resolved.quantization
+    return f"{precision}, the base in {quantization}" if quantization is not None else f"{precision}"
 
 
 def _sources(sources: Sequence[DatasetSource]) -> str:

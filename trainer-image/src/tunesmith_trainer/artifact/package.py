@@ -24,6 +24,7 @@ from tunesmith_trainer.artifact import card, curves, merge, parity
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.base_model.logits import relative_distance
 from tunesmith_trainer.base_model.precision import dtype_of
+from tunesmith_trainer.base_model.stored import stored_quantization
 from tunesmith_trainer.errors import SelfCheckError, StorageUnavailableError
 from tunesmith_trainer.methods import conversion, full, servable
 from tunesmith_trainer.reporting.curve import CurvePoint
@@ -261,11 +262,14 @@ def _status(uri: str, manifest: ArtifactManifest, data: bytes) -> ArtifactStatus
 def _check_error(error: float, job: FineTuneJob, prepared: Prepared, served: torch.dtype) -> None:
     """Raise SelfCheckError if the reloaded adapter is not the trained one.
 
-    On a base that was in 4 bits while training, they differ by the quantisation error, for which there is no limit.
+    On a base that was only in 4 bits while training, they differ by the quantisation error, for which there is no
+    limit.
     """
-    exact = served is torch.float32 and prepared.resolved.precision is not Precision.BFLOAT16
+    stored = stored_quantization(prepared.base)
+    kept = stored is not None and stored.kept
+    exact = served is torch.float32 and prepared.resolved.precision is Precision.FLOAT32 and not kept
     limit = _EXACT_LIMIT if exact else _ROUNDED_LIMIT
-    if job.spec.method.quantization is None and not error <= limit:
+    if (kept or job.spec.method.quantization is None) and not error <= limit:
         raise SelfCheckError(
             f"the saved adapter, loaded again, differs from the trained one: its logits differ by {error:.2g} of their"
             f" norm, the limit is {limit:g}"

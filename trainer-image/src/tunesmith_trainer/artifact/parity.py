@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import get_max_memory
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, TokenLogProbability
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -17,6 +17,7 @@ from tunesmith_trainer.artifact.main_memory import available_memory
 from tunesmith_trainer.artifact.offloaded import hold_adapter, is_offloaded, read_by_layer
 from tunesmith_trainer.base_model.logits import batch_of_one, last_logits, mixed_precision
 from tunesmith_trainer.base_model.prompts import PROMPTS, prompt_tokens
+from tunesmith_trainer.base_model.stored import load_published, stored_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +78,9 @@ def record(
     dtype = serving_type(config)
     offload = artifact.parent / "offload"
     adapter = (artifact / ADAPTER_CONFIG).exists()
-    room, streams = get_max_memory(), not adapter or _streams(artifact)
+    stored = stored_quantization(base)
+    # Weights that are stored quantised cannot be read layer by layer.
+    room, streams = get_max_memory(), stored is None and (not adapter or _streams(artifact))
     if streams:
         room["cpu"] = int(_WEIGHT_SHARE * available_memory()) if memory is None else memory
     model: Any = _loaded(base if adapter else artifact, dtype, room, offload)
@@ -149,15 +152,7 @@ def _config(artifact: Path) -> dict[str, Any]:
 
 
 def _loaded(folder: Path, dtype: torch.dtype, room: Mapping[int | str, int], offload: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map="auto",
-        max_memory=room,
-        offload_folder=str(offload),
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    model = load_published(folder, dtype, device_map="auto", max_memory=room, offload_folder=str(offload))
     return model.eval()
 
 

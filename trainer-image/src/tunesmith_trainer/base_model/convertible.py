@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
 _LOAD = 'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-_UNQUANTIZED = "use the model that it was quantised from; method.qlora holds that one in 4 bits while it trains"
-_DEQUANTIZED_BY = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-"""Classes of transformers that load weights of a type as bfloat16, by `quant_method`."""
+_SOURCE = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]{1,96}/[\w.-]{1,96})[\"']?\s*$", re.MULTILINE)
+"""Line of a model's card with the model that it was made from."""
 
 
 def weights_conversion(names: Collection[str], uri: str) -> str | None:
@@ -60,21 +60,18 @@ def code_conversion(document: str, uri: str) -> str | None:
     )
 
 
-def quantized_conversion(quantization: Mapping[str, Any], uri: str) -> str:
+def quantized_conversion(quantization: object, uri: str, card: str) -> str:
     """Return why a base whose weights are stored quantised cannot be trained, and what to use.
 
     Args:
         quantization: `quantization_config` of its config.json.
         uri: location of the base model.
+        card: beginning of its README.md; empty without one.
     """
-    method = str(quantization.get("quant_method", "unknown"))
-    loader = _DEQUANTIZED_BY.get(method)
-    remedy = _UNQUANTIZED
-    if loader is not None:
-        remedy = (
-            'use a bfloat16 release of the model, or convert it on a machine of yours with python -c "from '
-            f"transformers import AutoModelForCausalLM as M, AutoTokenizer as T, {loader} as Q; "
-            "M.from_pretrained('SOURCE', quantization_config=Q(dequantize=True)).save_pretrained('TARGET'); "
-            "T.from_pretrained('SOURCE').save_pretrained('TARGET')\""
-        )
-    return f"the weights of the base model {uri} are stored quantised ({method}), which cannot be trained: {remedy}"
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    source = _SOURCE.search(card)
+    remedy = f"use {source[1]}, from which it was made" if source else "use the model that it was quantised from"
+    return (
+        f"the weights of the base model {uri} are stored quantised ({str(method)[:40]}), which cannot be trained: "
+        f"{remedy}; method.qlora holds that one in 4 bits while it trains"
+    )

@@ -10,7 +10,6 @@ import torch
 from bitsandbytes.nn import Params4bit
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
@@ -22,6 +21,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from tunesmith_trainer.base_model.convertible import code_conversion, quantized_conversion, weights_conversion
 from tunesmith_trainer.base_model.layers import has_known_layers
+from tunesmith_trainer.base_model.stored import load_published, of_settings, stored_quantization
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ _TOKENIZER_FILES = (
 )
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+_CARD, _MAX_CARD = "README.md", 65_536
+"""File that names the model that a quantised one was made from, and the characters of it that are read."""
 
 
 def open_base(source: BaseModelSource, stores: Stores) -> Folder:
@@ -87,7 +89,11 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
         return folder.local
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        wanted = name in _SMALL_FILES or (weights and name.endswith((".safetensors", ".safetensors.index.json")))
+        wanted = (
+            name in _SMALL_FILES
+            or (name == _CARD and folder.size(name) <= _MAX_CARD)
+            or (weights and name.endswith((".safetensors", ".safetensors.index.json")))
+        )
         if wanted and not (target / name).exists():
             folder.download(name, target / name)
     return target
@@ -133,10 +139,24 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
             f"the base model {uri} is a {config.model_type}, which is not a causal language model that this release "
             "can train: use another base model"
         )
-    quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, dict):
-        raise InvalidSpecError(quantized_conversion(quantization, uri))
+    for owner in (config, config.get_text_config()):
+        settings = getattr(owner, "quantization_config", None)
+        if settings is None:
+            continue
+        if not isinstance(settings, dict) or owner is not config or of_settings(settings) is None:
+            raise InvalidSpecError(quantized_conversion(settings, uri, _card(base)))
+        # The modules are those of the model that was quantised.
+        del config.quantization_config
     return config
+
+
+def _card(base: Path) -> str:
+    """Return the beginning of the model's card; empty without one."""
+    path = base / _CARD
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(_MAX_CARD)
 
 
 def can_be_sharded(config: PretrainedConfig) -> bool:
@@ -216,9 +236,14 @@ def load_model(
         as_stored: True if the weights keep the type that they have in their files.
     """
     arguments: dict[str, Any] = {}
-    if quantization is not None:
+    stored = stored_quantization(base)
+    if quantization is not None and stored is not None and not stored.kept:
+        # One quantisation at a time: the published one is undone first.
+        return load_for_sharding(base, quantization, dtype, as_stored=as_stored).to(device)
+    if quantization is not None and stored is None:
         arguments["quantization_config"] = _bits_and_bytes(quantization, dtype)
-    model = _load(base, "auto" if as_stored else dtype, device_map={"": str(device)}, **arguments)
+    compute = None if quantization is None else _compute_type(quantization, dtype)
+    model = _load(base, "auto" if as_stored else dtype, compute, device_map={"": str(device)}, **arguments)
     model.config.dtype = dtype
     if quantization is not None:
         _keep_order(model)
@@ -238,9 +263,14 @@ def load_for_sharding(
         dtype: type of the weights and of matrix products.
         as_stored: True if the weights keep the type that they have in their files.
     """
-    model = _load(base, "auto" if as_stored else dtype)
+    stored = stored_quantization(base)
+    compute = None if quantization is None else _compute_type(quantization, dtype)
+    model = _load(base, "auto" if as_stored else dtype, compute)
     model.config.dtype = dtype
     if quantization is None:
+        return model
+    if stored is not None and stored.kept:
+        _keep_order(model)
         return model
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), _bits_and_bytes(quantization, dtype))
@@ -262,23 +292,31 @@ def load_for_sharding(
     return model
 
 
-def _load(base: Path, dtype: torch.dtype | str, **arguments: object) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **arguments
-    )
+def _load(
+    base: Path,
+    dtype: torch.dtype | str,
+    compute: torch.dtype | None = None,
+    **arguments: Any,  # noqa: ANN401 - transformers' own
+) -> PreTrainedModel:
+    model = load_published(base, dtype, compute, **arguments)
     # The loss never needs the cache, and it takes memory for each layer.
     model.config.get_text_config().use_cache = False
     return model
 
 
 def _bits_and_bytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    compute = getattr(torch, quantization.compute_type) if quantization.compute_type else dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quantization,
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=_compute_type(quantization, dtype),
     )
+
+
+def _compute_type(quantization: Quantization, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of the products of weights in 4 bits."""
+    compute: torch.dtype = getattr(torch, quantization.compute_type) if quantization.compute_type else dtype
+    return compute
 
 
 def _keep_order(model: PreTrainedModel) -> None:

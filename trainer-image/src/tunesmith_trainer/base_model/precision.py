@@ -15,12 +15,20 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+_TYPES = {
+    Precision.BFLOAT16: torch.bfloat16,
+    Precision.FLOAT16: torch.float16,
+    Precision.FLOAT32: torch.float32,
+}
+
+
 def dtype_of(precision: Precision | None) -> torch.dtype:
     """Return the type of the frozen weights and of matrix products."""
-    return torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
+    return _TYPES[precision or Precision.FLOAT32]
 
 
 def training_precision(model: PeftModel) -> AbstractContextManager[None]:
     """Compute matrix products in the type that the base model was loaded in, as training does."""
-    rounded = model.config.dtype is torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16) if rounded else nullcontext()
+    dtype = model.config.dtype
+    rounded = dtype in {torch.bfloat16, torch.float16}
+    return torch.autocast(model.device.type, dtype) if rounded else nullcontext()

@@ -15,6 +15,7 @@ from tunesmith.api.output import Merge
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.methods import generic, servable, typed, weightless
 from tunesmith_trainer.methods.conversion import published_config
+from tunesmith_trainer.methods.stored import check_stored
 from tunesmith_trainer.methods.targets import (
     STATE_SPACE_MIXERS,
     adapted_modules,
@@ -81,8 +82,11 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
         InvalidSpecError: a field does not fit the base model, or another field of the spec.
         NotServableError: the spec requires an adapter that vLLM can load, and this is not one.
     """
-    fields, quantized = spec.method.fields, spec.method.quantization is not None
-    if quantized:
+    stored = modules.stored
+    check_stored(spec, stored)
+    kept = stored is not None and stored.kept
+    fields, quantized = spec.method.fields, kept or spec.method.quantization is not None
+    if quantized and not kept:
         _check_quantizable(modules)
     if isinstance(fields, LoraFields):
         planned = _plan_lora(fields, modules, quantized=quantized)
@@ -95,7 +99,7 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
             config = typed.config_of(spec.method.name, fields, modules, quantized=quantized)
         planned = _plan_other(spec.method, config, modules)
     if planned.servable.vllm:
-        planned = replace(planned, servable=servable.on_base(modules.class_name))
+        planned = replace(planned, servable=servable.on_base(modules.class_name, stored))
     _check_merge(spec, planned, modules)
     servable.require(spec, planned.servable)
     return planned
@@ -127,7 +131,8 @@ def parameters_at(rank: int | None, planned: MethodPlan, spec: FineTuneJobSpec, 
     if rank is None or not isinstance(fields, LoraFields) or rank == fields.rank:
         return planned.parameters or 0
     other = fields.model_copy(update={"rank": rank})
-    return _plan_lora(other, modules, quantized=spec.method.quantization is not None).parameters or 0
+    quantized = spec.method.quantization is not None or (modules.stored is not None and modules.stored.kept)
+    return _plan_lora(other, modules, quantized=quantized).parameters or 0
 
 
 def _count_parameters(method: Method, config: PeftConfig, modules: Modules) -> tuple[int | None, list[str]]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from tunesmith_trainer.base_model.sharding import is_sharded, shard_like
+from tunesmith_trainer.base_model.stored import load_published
 from tunesmith_trainer.errors import SelfCheckError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
@@ -40,7 +40,7 @@ def unfreeze(base: PreTrainedModel, shard: Callable[[], None] | None = None) -> 
 
     @contextmanager
     def base_alone() -> Iterator[None]:
-        published = dict(load(base.name_or_path, "auto").named_parameters())
+        published = dict(load_published(Path(base.name_or_path), "auto").named_parameters())
         own = dict(model.named_parameters())
         trained = {name: parameter.detach().cpu() for name, parameter in own.items()}
         _copy_values(own, published)
@@ -59,14 +59,6 @@ def _copy_values(own: dict[str, Any], values: dict[str, Any]) -> None:
         for name, parameter in own.items():
             value = values[name].detach()
             parameter.copy_(value if is_sharded(value) else shard_like(value.to(parameter.dtype), parameter))
-
-
-def load(folder: Path | str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load a whole model into main memory."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    return model
 
 
 def save(model: PeftModel, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:

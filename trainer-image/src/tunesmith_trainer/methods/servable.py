@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
     from tunesmith.api.methods.declaration import MethodFields
+    from tunesmith_trainer.base_model.stored import StoredQuantization
 
 _MERGED = "merge the adapter (output.merge) and serve the result as a model of its own"
 _SERVABLE = ServableStatus(vllm=True)
@@ -64,8 +65,19 @@ def verdict(fields: MethodFields, config: Mapping[str, Any]) -> ServableStatus:
     return _SERVABLE
 
 
-def on_base(class_name: str) -> ServableStatus:
-    """Return the verdict on a servable adapter, for a base model's class."""
+def on_base(class_name: str, stored: StoredQuantization | None = None) -> ServableStatus:
+    """Return the verdict on a servable adapter.
+
+    Args:
+        class_name: name of the base model's class.
+        stored: quantisation of the base model; None: it is not quantised.
+    """
+    if stored is not None and stored.kept:
+        # Agents check an adapter's shapes against those of the base, which bitsandbytes packs.
+        remedy = f"{_MERGED.replace('output.merge', 'output.merge: Dequantized')}, or " if stored.in_4_bits else ""
+        return _not_servable(
+            f"pools do not serve base models in {stored.name}: {remedy}train on the model that it was quantised from"
+        )
     if class_name in WITH_ADAPTERS:
         return _SERVABLE
     if class_name in WITHOUT_ADAPTERS:

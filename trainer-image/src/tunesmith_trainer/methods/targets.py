@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from tunesmith_trainer.base_model.stored import StoredQuantization
+
 STATE_SPACE_MIXERS = frozenset({"mamba", "falcon_mamba", "jamba"})
 """Architectures whose mixers multiply with the weights of `dt_proj` themselves, past an adapter or 4 bits."""
 _STEP_PROJECTION = "dt_proj"
@@ -50,6 +52,7 @@ class Modules:
         tied: True if the output layer and the embedding share their weights.
         transposed: True if the linear modules store their weights as (in, out), as GPT-2's do.
         config: the base model's configuration.
+        stored: quantisation in which the weights are stored; None: they are not quantised.
     """
 
     linear: dict[str, tuple[int, int]]
@@ -61,6 +64,7 @@ class Modules:
     tied: bool
     transposed: bool
     config: PretrainedConfig
+    stored: StoredQuantization | None = None
 
     @property
     def layer_weights(self) -> int:
@@ -69,10 +73,14 @@ class Modules:
 
     @cached_property
     def quantizable_weights(self) -> int:
-        """Number of weights in linear modules of the language model that bitsandbytes can hold in 4 bits."""
+        """Number of weights in linear modules of the language model that bitsandbytes can hold quantised."""
+        stored = self.stored if self.stored is not None and self.stored.kept else None
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
-            replace_with_bnb_linear(model, get_keys_to_not_convert(model), BitsAndBytesConfig(load_in_4bit=True))
+            skipped = None if stored is None else stored.skipped
+            replace_with_bnb_linear(
+                model, skipped or get_keys_to_not_convert(model), BitsAndBytesConfig(load_in_4bit=True)
+            )
         replaced = [module for name in self.linear if isinstance(module := model.get_submodule(name), Linear4bit)]
         return sum(module.in_features * module.out_features for module in replaced)
 
@@ -88,8 +96,13 @@ class Modules:
         return str(self.config.get_text_config().model_type)
 
 
-def modules_of(config: PretrainedConfig) -> Modules:
-    """Return the modules of a model with this configuration, without allocating its weights."""
+def modules_of(config: PretrainedConfig, stored: StoredQuantization | None = None) -> Modules:
+    """Return the modules of a model with this configuration, without allocating its weights.
+
+    Args:
+        config: configuration, without the quantisation in which the weights are stored.
+        stored: that quantisation.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     output = model.get_output_embeddings()
@@ -121,6 +134,7 @@ def modules_of(config: PretrainedConfig) -> Modules:
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         transposed=transposed,
         config=config,
+        stored=stored,
     )
 
 
@@ -286,8 +300,8 @@ def check_saved_modules(names: Sequence[str], targets: Sequence[str], modules: M
             full == outer or full.startswith(f"{outer}.") for full in modules.linear for outer in inside
         ):
             raise InvalidSpecError(
-                f"method modulesToSave: {name} is held in 4 bits and cannot be trained whole: remove it, or use a "
-                "method without quantization"
+                f"method modulesToSave: {name} is held quantised and cannot be trained whole: remove it, or train it "
+                "without quantization"
             )
 
 

@@ -64,7 +64,8 @@ class RunShape:
         adapter_parameters: trainable parameters.
         adapted_inputs: in-features of the adapted modules of one layer, summed.
         tokens: tokens per micro-batch: rows × the longest row, padding included.
-        quantized: True if the base is in nf4.
+        quantized: True if the linear layers are held in nf4.
+        stored_bytes: mean bytes per weight of the linear layers if they are published quantised; None: they are not.
         checkpointing: True if activations are recomputed in the backward pass.
         fused_loss: True if the logits are never whole in memory.
         logit_positions: positions whose logits exist at the same time; None: all tokens.
@@ -81,6 +82,7 @@ class RunShape:
     adapted_inputs: int
     tokens: int
     quantized: bool = False
+    stored_bytes: float | None = None
     checkpointing: bool = True
     fused_loss: bool = False
     logit_positions: int | None = None
@@ -112,7 +114,7 @@ class Estimate:
 def estimate(shape: Shape, run: RunShape) -> Estimate:
     """Estimate the peak of a run, within TOLERANCE of measurements of similar runs."""
     width = 4 if run.full_precision else 2
-    linear = _NF4 if run.quantized else width
+    linear = run.stored_bytes or (_NF4 if run.quantized else width)
     per_input = _ADAPTER_INPUT + _DROPOUT_INPUT * run.dropout + _DORA_INPUT * run.dora * width / 2
     hidden = _HIDDEN_FULL[width] if run.full else _HIDDEN * width / 2
     layer = 4 * width * shape.intermediate + hidden * shape.hidden + per_input * run.adapted_inputs

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJobSpec
     from tunesmith.api.finetunejob_status import ContinuedFrom
     from tunesmith.api.hyperparameters import Hyperparameters
+    from tunesmith_trainer.base_model.stored import StoredQuantization
 
 _EVALUATIONS = 10
 _MAX_EVALUATION_SHARE = 0.05
@@ -100,6 +101,7 @@ def resolve(
     digest: str,
     start: ContinuedFrom | None,
     rank: int | None,
+    stored: StoredQuantization | None,
     folders: Mapping[str, str],
     micro_batch_size: int,
     checkpointing: bool,
@@ -116,6 +118,7 @@ def resolve(
         digest: digest of the rows.
         start: adapter that training starts from; None: a new one.
         rank: rank of that adapter; None if it has none.
+        stored: quantisation in which the base model is published; None: it is not quantised.
         folders: digests of the supplied task folders, by suite.
         micro_batch_size: sequences per forward pass.
         checkpointing: True if activations are recomputed.
@@ -139,6 +142,7 @@ def resolve(
         gradient_checkpointing=checkpointing,
         torch_compile=compiles(spec, steps, sharded=sharded) if hyper.torch_compile is None else hyper.torch_compile,
         precision=hyper.precision or (Precision.BFLOAT16 if spec.resources.gpus else Precision.FLOAT32),
+        quantization=held_in(spec, stored),
         data_parallelism=parallelism if spec.resources.ranks > 1 else None,
         total_steps=steps,
         warmup_steps=warmup_steps(hyper, steps),
@@ -153,6 +157,13 @@ def resolve(
 def compiles(spec: FineTuneJobSpec, steps: int, *, sharded: bool) -> bool:
     """Return True if layers are compiled by default: on GPUs, without sharding, in runs long enough to benefit."""
     return spec.resources.gpus > 0 and not sharded and steps >= COMPILED_STEPS
+
+
+def held_in(spec: FineTuneJobSpec, stored: StoredQuantization | None) -> str | None:
+    """Return the quantisation in which the base's weights are held: its own, or the method's; None: not quantised."""
+    if stored is not None and stored.kept:
+        return stored.type
+    return None if spec.method.quantization is None else spec.method.quantization.type
 
 
 def _digest(start: ContinuedFrom | None) -> str | None:

@@ -13,6 +13,7 @@ from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data
 from tunesmith_trainer.base_model import model
+from tunesmith_trainer.base_model.stored import stored_quantization
 from tunesmith_trainer.data.forms import FORMS
 from tunesmith_trainer.data.loading import load as load_rows
 from tunesmith_trainer.data.template import same_prompts
@@ -154,6 +155,7 @@ def prepare(
         digest=rows.digest,
         start=None if start is None else ContinuedFrom(uri=start.uri, digest=start.digest),
         rank=None if start is None else start.manifest.adapter.rank,
+        stored=base.modules.stored,
         folders={suite: tasks.digest for suite, tasks in own.items()},
         micro_batch_size=run.micro_batch_size,
         checkpointing=run.checkpointing,
@@ -212,7 +214,8 @@ def _read_base(spec: FineTuneJobSpec, folder: Path) -> _Base:
     uri = spec.base_model.uri
     config = model.load_config(folder, uri)
     tokenizer = model.load_tokenizer(folder, uri)
-    return _Base(folder, config, tokenizer, model.end_tokens(folder, tokenizer, uri), modules_of(config))
+    modules = modules_of(config, stored_quantization(folder))
+    return _Base(folder, config, tokenizer, model.end_tokens(folder, tokenizer, uri), modules)
 
 
 def _planned(spec: FineTuneJobSpec, base: _Base) -> MethodPlan:

@@ -57,6 +57,7 @@ class Sizing:
         shortened: True if longer rows are shortened to maxLength (packed or truncated), False if they are dropped.
         lengths: tokens per row, ascending.
         ranks: number of ranks that train together.
+        stored_bytes: mean bytes per weight of the linear layers if they are published quantised; None: they are not.
     """
 
     shape: Shape
@@ -69,6 +70,7 @@ class Sizing:
     shortened: bool
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     ranks: int = 1
+    stored_bytes: float | None = None
 
     def kept(self, settings: RunSettings) -> int:
         """Return the number of rows that are not longer than the settings allow."""
@@ -89,6 +91,7 @@ class Sizing:
             adapted_inputs=0 if settings.full else self.adapted_inputs,
             tokens=self.tokens(settings),
             quantized=settings.quantized,
+            stored_bytes=self.stored_bytes,
             checkpointing=settings.checkpointing,
             dropout=self.dropout,
             dora=self.dora,
@@ -138,6 +141,9 @@ def sizing(
     quantization = spec.method.quantization
     linear = sum(in_features * out_features for in_features, out_features in modules.linear.values())
     shape = Shape(hidden, layers, intermediate, vocabulary, linear, modules.parameters - linear)
+    full_precision = spec.hyperparameters.precision is Precision.FLOAT32 or (
+        quantization is not None and quantization.compute_type == "float32"
+    )
     return Sizing(
         shape=shape,
         trainable=trainable,
@@ -145,12 +151,26 @@ def sizing(
         dropout=spec.method.dropout > 0,
         dora=isinstance(spec.method.fields, LoraFields) and spec.method.fields.dora,
         optimizer_bytes=_OPTIMIZER_BYTES[spec.hyperparameters.optimizer],
-        full_precision=spec.hyperparameters.precision is Precision.FLOAT32
-        or (quantization is not None and quantization.compute_type == "float32"),
+        full_precision=full_precision,
         shortened=spec.dataset.packing or spec.dataset.overlong is Overlong.TRUNCATE,
         lengths=np.sort(np.asarray(lengths, dtype=np.int64)),
         ranks=spec.resources.ranks,
+        stored_bytes=_stored_bytes(modules, linear, 4 if full_precision else 2),
     )
+
+
+def _stored_bytes(modules: Modules, linear: int, width: int) -> float | None:
+    """Return the mean bytes per weight of linear layers that are published quantised; None: they are not.
+
+    Args:
+        modules: modules of the base model.
+        linear: weights of the linear layers.
+        width: bytes of those that are not quantised.
+    """
+    if modules.stored is None or not modules.stored.kept:
+        return None
+    quantized = modules.quantizable_weights
+    return (modules.stored.bytes_per_weight * quantized + width * (linear - quantized)) / max(1, linear)
 
 
 def _default_lora_parameters(linear: Mapping[str, tuple[int, int]]) -> Callable[[int | None], int]:
@@ -250,7 +270,7 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: RunSettings, sizes: Seque
         sizes,
         checkpointing=can_recompute(spec),
         sharding=spec.resources.ranks > 1 and spec.shardable,
-        quantization=_can_quantize(spec),
+        quantization=_can_quantize(spec) and sized.stored_bytes is None,
     )
     if spec.dataset.overlong is Overlong.ERROR:
         possible["max_length"] = []

@@ -6,6 +6,9 @@ import torch
 
 from tunesmith_trainer.errors import InvalidSpecError
 
+_WITH_BFLOAT16 = (8, 0)
+"""Lowest compute capability with bfloat16."""
+
 
 def choose_device(gpus: int, number: int = 0) -> torch.device:
     """Return the device that the manifest requests.
@@ -32,6 +35,13 @@ def choose_device(gpus: int, number: int = 0) -> torch.device:
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Return True for a GPU that computes bfloat16 with slower instructions: NVIDIA's before Ampere."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) < _WITH_BFLOAT16
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -14,6 +14,7 @@ from transformers import set_seed
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.evaluation import Publish
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage, SuiteFailure
+from tunesmith.api.hyperparameters import Precision
 from tunesmith.api.placement import DataParallelism
 from tunesmith_trainer.base_model import model, sharding
 from tunesmith_trainer.base_model.logits import last_logits
@@ -36,11 +37,12 @@ from tunesmith_trainer.training.batches import Collator, StepPlan, row_lengths
 from tunesmith_trainer.training.best import BestWeights
 from tunesmith_trainer.training.compilation import compile_layers
 from tunesmith_trainer.training.determinism import run_deterministically
-from tunesmith_trainer.training.device import choose_device
+from tunesmith_trainer.training.device import choose_device, emulates_bfloat16
 from tunesmith_trainer.training.held_out import held_out_loss
 from tunesmith_trainer.training.layout import choose_loss_implementation
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
+from tunesmith_trainer.training.loss_scale import LossScale
 from tunesmith_trainer.training.neftune import EmbeddingNoise
 from tunesmith_trainer.training.objectives import step_objective
 from tunesmith_trainer.training.progress_callback import ProgressCallback
@@ -177,6 +179,8 @@ def train(run: Run) -> Trained | None:
 
 def _train(run: Run) -> Trained | None:
     run.progress.update(stage=Stage.LOADING)
+    if run.prepared.resolved.precision is Precision.BFLOAT16 and emulates_bfloat16(run.device):
+        run.progress.write_line("  this GPU computes bfloat16 slowly: hyperparameters.precision float16 is for it")
     set_seed(run.job.spec.hyperparameters.seed)
     base, peft_model = _load(run)
     implementation, compiled = _configure_computation(run, base, peft_model)
@@ -287,6 +291,7 @@ def _build_session(
         schedule=run.schedule,
         compiled=compiled,
         noise=None if alpha is None else EmbeddingNoise(base.get_input_embeddings(), alpha),
+        loss_scale=LossScale() if prepared.resolved.precision is Precision.FLOAT16 else None,
     )
     hooks.attach(trainer, peft_model, spec.method)
     watchdog = Watchdog(run.hung)
@@ -339,7 +344,7 @@ def _train_and_score(run: Run, session: _Session) -> EvaluationStatus:
     if not math.isfinite(before):
         raise LossDivergedError(
             f"the base model's held-out loss is {before} before the first step: the base model's weights are damaged "
-            "or do not fit this precision"
+            f"or do not fit {run.prepared.resolved.precision}: use another hyperparameters.precision"
         )
     curve.append(CurvePoint(step=0, epoch=0.0, evaluation_loss=before))
     run.reporter.add(curve[-1])

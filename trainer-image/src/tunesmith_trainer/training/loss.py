@@ -40,6 +40,10 @@ class TargetLoss(ModelOutput):
     targets: torch.Tensor | None = None
 
 
+_HALF_SCALE = 256.0
+"""Factor of the gradients that the frozen head computes in float16, of which many are below its smallest values."""
+
+
 class _FrozenHead(torch.autograd.Function):
     """Cross entropy with a frozen head: the gradient is computed in the forward pass, chunk by chunk."""
 
@@ -48,11 +52,12 @@ class _FrozenHead(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needed else None
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        half = hidden.dtype is torch.float16
         for start in range(0, len(labels), LOSS_POSITIONS):
             part = hidden[start : start + LOSS_POSITIONS].detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):
                 loss = _cross_entropy(part, labels[start : start + LOSS_POSITIONS], score)
-                summed = loss.sum()
+                summed = loss.sum() * _HALF_SCALE if half else loss.sum()
             if gradient is not None:
                 # The loss of a position depends on that position's state alone.
                 (gradient[start : start + LOSS_POSITIONS],) = torch.autograd.grad(summed, part)
@@ -64,7 +69,11 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         if ctx.gradient is None:
             return None, None, None
-        return ctx.gradient * outer[0][:, None].to(ctx.gradient), None, None
+        weights = outer[0][:, None]
+        if ctx.gradient.dtype is torch.float16:
+            # The product of both is in its range, unlike each.
+            return (ctx.gradient.float() * (weights / _HALF_SCALE)).half(), None, None
+        return ctx.gradient * weights.to(ctx.gradient), None, None
 
 
 def _cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, score: Score) -> torch.Tensor:

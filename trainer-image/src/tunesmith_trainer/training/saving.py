@@ -24,6 +24,7 @@ from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.training import weights
 from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_above_start
+from tunesmith_trainer.training.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,6 +123,8 @@ class Saver(TrainerCallback):
             self._load_weights(str(saved.path))
             return False
         self._restore_compilation(saved.step, compiled=run.get("compiled", trainer.compiled))
+        if trainer.loss_scale is not None:
+            trainer.loss_scale = LossScale(**run["lossScale"])
         return True
 
     def on_train_begin(
@@ -220,6 +223,8 @@ class Saver(TrainerCallback):
         state.save_to_json(str(folder / TRAINER_STATE))
         best = self._best.save(folder, trainer.state.global_step) if self._best is not None else None
         run = {"curve": [asdict(point) for point in self._curve], "compiled": trainer.compiled, "best": best}
+        if trainer.loss_scale is not None:
+            run["lossScale"] = asdict(trainer.loss_scale)
         (folder / RUN_STATE).write_text(json.dumps(run), encoding="utf-8")
         hooks.save_state(_unwrapped(trainer), folder)
 

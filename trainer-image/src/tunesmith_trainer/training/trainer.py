@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
 from tunesmith_trainer.base_model import sharding
+from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.training.compilation import run_compiled
+from tunesmith_trainer.training.loss_scale import divide
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.training.batches import Step, StepPlan
+    from tunesmith_trainer.training.loss_scale import LossScale
     from tunesmith_trainer.training.neftune import EmbeddingNoise
     from tunesmith_trainer.training.objectives import StepObjective, Terms
     from tunesmith_trainer.training.schedule import Schedule
@@ -45,6 +48,7 @@ class StepTrainer(Trainer):
         compiled: True if some layers are compiled; they run compiled within the steps.
         noise: noise on the embeddings, or None.
         schedule: learning rate of each step.
+        loss_scale: factor of the loss in float16; None: products are in another type.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class StepTrainer(Trainer):
         schedule: Schedule,
         compiled: bool = False,
         noise: EmbeddingNoise | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -76,6 +81,7 @@ class StepTrainer(Trainer):
         self.compiled = compiled
         self._noise = noise
         self._schedule = schedule
+        self.loss_scale = loss_scale
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of one optimizer step per element and one pass per run; every rank sees all steps."""
@@ -107,9 +113,25 @@ class StepTrainer(Trainer):
         step: Step = inputs["step"]
         self.state.num_input_tokens_seen += step.tokens
         model.train()
+        scale = self.loss_scale
+        if scale is None:
+            return self._gradients(model, step, 1.0)
+        while True:
+            total = self._gradients(model, step, scale.factor)
+            finite = divide(model.parameters(), scale.factor)
+            overflown = self._ranks.any(not finite and bool(total.isfinite()))[0]
+            if not overflown or scale.lowest:
+                scale.count_step()
+                return total
+            scale.halve()
+            model.zero_grad()
+
+    def _gradients(self, model: nn.Module, step: Step, factor: float) -> torch.Tensor:
+        """Add the gradients of a step's loss times a factor, and return the loss."""
         forward = Forward(model, self.accelerator.unwrap_model(model))
         if self._objective.mismatched:
-            self._objective.estimate(forward, self._batches_in_order(step.mismatched, 1), self._ranks)
+            with self._products(model):
+                self._objective.estimate(forward, self._batches_in_order(step.mismatched, 1), self._ranks)
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(self._batches_in_order(step.micro_batches, 0), start=1):
             if self._noise is not None:
@@ -117,8 +139,9 @@ class StepTrainer(Trainer):
             # The ranks' gradients are averaged once per step.
             last = number == len(step.micro_batches)
             with nullcontext() if last else self.accelerator.no_sync(model), self._compiled_layers():
-                loss = self._step_loss(self._objective.terms(forward, batch), step)
-                self.accelerator.backward(loss)
+                with self._products(model):
+                    loss = self._step_loss(self._objective.terms(forward, batch), step)
+                self.accelerator.backward(loss if factor == 1.0 else loss * factor)
             total += loss.detach()
             if not last:
                 self.callback_handler.on_substep_end(self.args, self.state, self.control)
@@ -141,6 +164,10 @@ class StepTrainer(Trainer):
             entropy = (self.args.seed, self.state.global_step, pass_, position)
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             yield self._prepare_inputs(tensors)
+
+    def _products(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Compute products in float16; those in bfloat16 are set up by the Trainer."""
+        return nullcontext() if self.loss_scale is None else training_precision(self.accelerator.unwrap_model(model))
 
     def _compiled_layers(self) -> AbstractContextManager[None]:
         return run_compiled() if self.compiled else nullcontext()

@@ -50,8 +50,8 @@ class Quantization(ApiModel):
 
     type: Literal["nf4"] = Field(default="nf4", description="4-bit NormalFloat.")
     double_quantization: bool = Field(default=True, description="Also quantise the quantisation constants.")
-    compute_type: Literal["bfloat16", "float32"] | None = Field(
-        default=None, description="Data type of matrix products. Absent: bfloat16 on a GPU, float32 on a CPU."
+    compute_type: Literal["bfloat16", "float16", "float32"] | None = Field(
+        default=None, description="Data type of matrix products. Absent: that of hyperparameters.precision."
     )
 
 

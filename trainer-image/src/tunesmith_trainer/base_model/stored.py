@@ -1,0 +1,131 @@
+"""Base models whose weights are stored quantised: what they are held in while an adapter is trained.
+
+Weights of bitsandbytes stay as they are. Those of MXFP4 and FP8, which no method can be trained over, become bfloat16
+or float32 when they are loaded. Other formats need libraries that the image does not have.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_DEQUANTIZED_BY = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+"""Classes of transformers that dequantise weights when they are loaded, by `quant_method`."""
+_BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
+"""Bytes per weight: 4 bits with a float32 constant per 64 weights; the constants of 8 bits, one per row, are few."""
+_DOUBLY_QUANTIZED = 0.516
+_IN_4_BITS = ("nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class StoredQuantization:
+    """Quantisation in which the weights of a base model are stored.
+
+    Args:
+        type: nf4, fp4 or int8, which are kept while training, or mxfp4 or fp8, which are dequantised.
+        settings: `quantization_config` of its config.json.
+    """
+
+    type: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> bool:
+        """True if the weights stay quantised while an adapter is trained."""
+        return self.type in _BYTES
+
+    @property
+    def in_4_bits(self) -> bool:
+        """True if the weights stay in 4 bits."""
+        return self.type in _IN_4_BITS
+
+    @property
+    def name(self) -> str:
+        """The quantisation, for messages."""
+        bits = "4 bits" if self.in_4_bits else "8 bits"
+        return f"{bits} (bitsandbytes {self.type})" if self.kept else self.type.upper()
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Memory of a quantised weight with its constants, in bytes."""
+        return _DOUBLY_QUANTIZED if self.settings.get("bnb_4bit_use_double_quant") else _BYTES[self.type]
+
+    @property
+    def skipped(self) -> list[str] | None:
+        """Names of the modules that are not quantised; None: those that bitsandbytes leaves out."""
+        names = self.settings.get("llm_int8_skip_modules")
+        return None if not isinstance(names, list) else [str(name) for name in names]
+
+
+def of_settings(settings: Mapping[str, Any]) -> StoredQuantization | None:
+    """Return the quantisation that a `quantization_config` describes; None if such a base cannot be trained."""
+    # Older releases of transformers did not write the method of bitsandbytes.
+    method = str(settings.get("quant_method", "bitsandbytes"))
+    if method in _DEQUANTIZED_BY:
+        return StoredQuantization(method, settings)
+    if method != "bitsandbytes":
+        return None
+    if settings.get("load_in_4bit"):
+        kind = str(settings.get("bnb_4bit_quant_type", "fp4"))
+        return StoredQuantization(kind, settings) if kind in _IN_4_BITS else None
+    return StoredQuantization("int8", settings) if settings.get("load_in_8bit") else None
+
+
+def stored_quantization(folder: Path) -> StoredQuantization | None:
+    """Return the quantisation of the weights in a folder whose config.json was checked; None: they have none."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    return None if settings is None else of_settings(settings)
+
+
+def load_published(
+    folder: Path,
+    dtype: torch.dtype | str,
+    compute: torch.dtype | None = None,
+    **arguments: Any,  # noqa: ANN401 - transformers' own
+) -> PreTrainedModel:
+    """Load a causal language model from its files.
+
+    Args:
+        folder: folder with configuration and weights.
+        dtype: type of the weights that are not quantised; auto: as in the files.
+        compute: type of the products of weights in 4 bits; None: `dtype`.
+        arguments: further arguments of `from_pretrained`.
+    """
+    stored = stored_quantization(folder)
+    arguments |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    if stored is None:
+        plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)
+        return plain
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not stored.kept:
+        loader = _DEQUANTIZED_BY[stored.type](dequantize=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=loader, **arguments
+        )
+        # From here on it is a model like any other.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        return model
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **arguments)
+    products = compute or (dtype if isinstance(dtype, torch.dtype) else model.dtype)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = products
+            module.compute_type_is_set = True
+    if isinstance(dtype, torch.dtype):
+        # With quantised weights, transformers leaves the others in the type of their files.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return model
