@@ -112,6 +112,11 @@ def test_a_configuration_of_the_examples() -> None:
     assert set(found.changed) == {"load_best_model_at_end", "lora_alpha", "template", "val_size"}
 
 
+def test_half_precision() -> None:
+    assert spec(fp16=True)["hyperparameters"]["precision"] == "float16"
+    assert "precision" not in spec(bf16=True)["hyperparameters"]
+
+
 @pytest.mark.parametrize(
     ("given", "part", "expected"),
     [
