@@ -162,7 +162,7 @@ FAMILIES = [
             "layer_types": ["mamba", "attention"],
             "mamba_n_heads": 8,
             "mamba_d_state": 16,
-            "mamba_d_head": 16,
+            "mamba_d_head": 32,
         },
         experts=_EXPERTS,
     ),

@@ -64,7 +64,7 @@ def test_the_output_layers_small_gradients_are_kept() -> None:
     hidden, labels = 2.5 * weight[:4] / weight[:4].norm(dim=1, keepdim=True), torch.arange(4)
 
     def gradient(dtype: torch.dtype, factor: float) -> torch.Tensor:
-        states = hidden.to(dtype).requires_grad_()
+        states = hidden.detach().clone().to(dtype).requires_grad_()
         score: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows @ (2.0 * weight.to(dtype)).T  # noqa: E731
         (losses_at(states, labels, score, trained=False).sum() * factor).backward()
         assert states.grad is not None

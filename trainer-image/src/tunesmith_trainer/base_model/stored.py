@@ -113,9 +113,8 @@ def load_published(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, quantization_config=loader, **arguments
         )
-        # From here on it is a model like any other.
-        model.hf_quantizer = None
-        del model.config.quantization_config
+        model.hf_quantizer = None  # it is a model like any other
+        _convert_others(model, dtype)
         return model
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **arguments)
     products = compute or (dtype if isinstance(dtype, torch.dtype) else model.dtype)
@@ -123,9 +122,14 @@ def load_published(
         if isinstance(module, Linear4bit):
             module.compute_dtype = products
             module.compute_type_is_set = True
-    if isinstance(dtype, torch.dtype):
-        # With quantised weights, transformers leaves the others in the type of their files.
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+    _convert_others(model, dtype)
     return model
+
+
+def _convert_others(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+    """Convert the weights that are not quantised: transformers leaves some of them in the type of their files."""
+    if not isinstance(dtype, torch.dtype):
+        return
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -48,8 +48,14 @@ LoraDropout = Annotated[
 class Quantization(ApiModel):
     """Quantisation of the frozen base in memory (QLoRA, arXiv:2305.14314)."""
 
-    type: Literal["nf4"] = Field(default="nf4", description="4-bit NormalFloat.")
-    double_quantization: bool = Field(default=True, description="Also quantise the quantisation constants.")
+    type: Literal["nf4"] = Field(
+        default="nf4",
+        description="4-bit NormalFloat. A base model that is published in 4 bits of bitsandbytes keeps its own type.",
+    )
+    double_quantization: bool = Field(
+        default=True,
+        description="Also quantise the quantisation constants. A base model that is published in 4 bits keeps its own.",
+    )
     compute_type: Literal["bfloat16", "float16", "float32"] | None = Field(
         default=None, description="Data type of matrix products. Absent: that of hyperparameters.precision."
     )
