@@ -26,10 +26,11 @@ _DENSE = {
     "max_position_embeddings": 512,
 }
 _MIXTRAL = _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}
-_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Most weights are in the experts, as in the published models.
+_ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _GROUPED = _DENSE | {
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 16,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "n_group": 1,

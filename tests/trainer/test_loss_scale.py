@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.trainer_rig import chat_rows
 from tunesmith_trainer.training import loop, loss_scale
+from tunesmith_trainer.training.device import emulates_bfloat16
 from tunesmith_trainer.training.loss import losses_at
 from tunesmith_trainer.training.loss_scale import LossScale, divide
 
@@ -143,6 +144,13 @@ def test_a_resumed_run_has_the_factor(bench: Workbench, monkeypatch: pytest.Monk
         shutil.rmtree(lost)
     assert bench.run("train", job).result.resumed_from_step == 3
     assert (weights.read_bytes(), metrics.read_bytes()) == whole
+
+
+def test_gpus_before_ampere_emulate_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not emulates_bfloat16(torch.device("cpu"))
+    for capability, emulates in (((7, 0), True), ((7, 5), True), ((8, 0), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert emulates_bfloat16(torch.device("cuda", 0)) is emulates
 
 
 def test_a_loss_that_is_not_finite_is_not_repeated(bench: Workbench) -> None:

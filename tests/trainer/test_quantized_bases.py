@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.trainer.trainer_rig import Ran, Workbench
 
-HYPER = {"maxSteps": 3, "batchSize": 4, "learningRate": 0.01}
+HYPER = {"maxSteps": 4, "batchSize": 4, "learningRate": 0.002}
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 
 
@@ -151,7 +151,7 @@ def test_dequantised_weights_are_near_those_that_were_quantised(bases: Callable[
     before = dict(load_published(bases(plain), torch.float32).named_parameters())
     for name, found in load_published(bases(kind), torch.float32).named_parameters():
         assert found.dtype is torch.float32
-        assert float((found - before[name]).norm() / before[name].norm()) < 0.2, name
+        assert float((found - before[name]).detach().norm()) <= 0.2 * float(before[name].detach().norm()), name
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,19 @@ def test_a_killed_run_resumes_with_the_same_result(
 
 
 @pytest.mark.long
+def test_a_killed_run_in_float16_resumes_with_the_same_bits(tmp_path: Path, base_model: Path) -> None:
+    hyper = {"maxSteps": STEPS, "batchSize": 8, "microBatchSize": 1, "learningRate": 0.01, "precision": "float16"}
+    path = manifest(tmp_path, base_model, hyperparameters=hyper)
+    runs = [Run(tmp_path / name, path) for name in ("whole", "killed")]
+    for run in runs:
+        run.folder.mkdir()
+    runs[0].finish()
+    runs[1].interrupt(signal.SIGKILL, 3 * EVERY, 0.3)
+    assert "resumed from the checkpoint of step" in runs[1].finish()
+    same(runs[1], runs[0])
+
+
+@pytest.mark.long
 def test_a_killed_run_with_compiled_layers_resumes_with_the_same_bits(tmp_path: Path, base_model: Path) -> None:
     hyper = {"maxSteps": STEPS, "batchSize": 16, "microBatchSize": 4, "learningRate": 0.01, "torchCompile": True}
     path = manifest(tmp_path, base_model, hyperparameters=hyper)

@@ -18,13 +18,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.trainer import pods as processes
+from tests.trainer import quantized_bases
 from tests.trainer.pods import Pods, assert_equal, pods
 from tests.trainer.trainer_rig import chat_rows, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith_trainer.base_model.sharding import use_full_optimizer_states
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 FEW = {"maxSteps": 3, "batchSize": 6, "microBatchSize": 2, "learningRate": 0.01}
@@ -53,6 +54,7 @@ JOBS: dict[str, dict[str, Any]] = {
     },
 }
 LONG_JOBS: dict[str, dict[str, Any]] = {
+    "lora in float16": {"hyperparameters": FEW | {"precision": "float16"}},
     "pissa, answers marked as good or bad": {
         "method": {"lora": {"rank": 4, "alpha": 8, "initialization": "PiSSA"}},
         "objective": {"kto": {}},
@@ -97,6 +99,26 @@ def test_two_ranks_with_sharded_weights_train_the_same_as_one(tmp_path: Path, ba
     # Less in 4 bits; rows that cannot be halved, and full training's, are not sharded.
     assert float(kept[1]) < 0.6 * stored
     assert "FSDP2" not in one.log(0)
+
+
+@pytest.mark.parametrize(
+    ("publish", "method"),
+    [
+        (quantized_bases.in_4_bits, {"qlora": {"rank": 4, "alpha": 8}}),
+        pytest.param(quantized_bases.in_fp8, {"lora": {"rank": 4, "alpha": 8}}, marks=pytest.mark.long),
+        pytest.param(quantized_bases.in_fp8, {"qlora": {"rank": 4, "alpha": 8}}, marks=pytest.mark.long),
+    ],
+    ids=["4 bits", "fp8", "fp8, then 4 bits"],
+)
+def test_a_base_that_is_published_quantised(
+    tmp_path: Path, base_model: Path, publish: Callable[[Path, Path], Path], method: dict[str, Any]
+) -> None:
+    base = publish(base_model, tmp_path / "base")
+    one = pods(tmp_path / "one", base, 1, method=method, hyperparameters=FEW)
+    two = sharded(tmp_path / "two", base, method=method, hyperparameters=FEW)
+    for run in (one, two):
+        run.finish()
+    assert_equal(two, one)
 
 
 @pytest.fixture

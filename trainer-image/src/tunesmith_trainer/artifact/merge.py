@@ -14,6 +14,7 @@ from tunesmith.api.output import Merge
 from tunesmith_trainer.artifact.parity import serving_type
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits, relative_distance
+from tunesmith_trainer.base_model.stored import dequantize
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.store import file_sha256
 
@@ -64,8 +65,7 @@ def merge(
     cpu = torch.device("cpu")
     loaded: Any
     if kind is Merge.DEQUANTIZED:
-        loaded = base_model.load_model(base, cpu, quantization, dtype).dequantize()
-        loaded.is_loaded_in_4bit = False  # dequantize() does not reset it, and PEFT's IA3 checks it
+        loaded = dequantize(base_model.load_model(base, cpu, quantization, dtype), dtype)
     else:
         loaded = base_model.load_model(base, cpu, None, torch.float32)
     # Merge in float32 and round once, when saving.

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import BaseModelSource, FineTuneJobSpec
     from tunesmith.api.methods.fields import Quantization
     from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.base_model.stored import StoredQuantization
     from tunesmith_trainer.store import Stores
 
 log = logging.getLogger(__name__)
@@ -159,9 +160,15 @@ def _card(base: Path) -> str:
         return file.read(_MAX_CARD)
 
 
-def can_be_sharded(config: PretrainedConfig) -> bool:
-    """Return True if FSDP2 can shard a model of this configuration: its layers are known."""
-    return has_known_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+def can_be_sharded(config: PretrainedConfig, stored: StoredQuantization | None) -> bool:
+    """Return True if FSDP2 can shard a model: its layers are known, and its weights are not in 8 bits.
+
+    Args:
+        config: the base model's configuration.
+        stored: quantisation of its weights; None: they are not quantised.
+    """
+    in_8_bits = stored is not None and stored.kept and not stored.in_4_bits
+    return has_known_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]) and not in_8_bits
 
 
 def load_tokenizer(base: Path, uri: str) -> PreTrainedTokenizerFast:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
+from transformers.integrations.bitsandbytes import dequantize_and_replace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,7 +114,7 @@ def load_published(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, quantization_config=loader, **arguments
         )
-        model.hf_quantizer = None  # it is a model like any other
+        _forget_quantization(model)
         _convert_others(model, dtype)
         return model
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **arguments)
@@ -124,6 +125,22 @@ def load_published(
             module.compute_type_is_set = True
     _convert_others(model, dtype)
     return model
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Convert the weights that a model holds in 4 bits to those with which it computes; return the model."""
+    dequantize_and_replace(model, BitsAndBytesConfig(load_in_4bit=True), dtype)
+    model.is_loaded_in_4bit = False  # PEFT's IA3 checks it
+    _forget_quantization(model)
+    return model
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Make a model whose weights are no longer quantised one like any other, which is saved in the usual format."""
+    model.hf_quantizer, model.is_quantized = None, False
+    model._weight_conversions = None  # noqa: SLF001 - they would quantise again when it is saved
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _convert_others(model: PreTrainedModel, dtype: torch.dtype | str) -> None:

@@ -145,7 +145,8 @@ def prepare(
     examples = _examples(spec, base, stores, work)
     own = _own_tasks(spec, before, stores, work, write_line)
     sized = _sized(spec, base, planned, rows)
-    run, sizes = _settings(spec, before, sized, gpu_memory, has_layers=model.can_be_sharded(base.config))
+    shardable = spec.shardable and model.can_be_sharded(base.config, base.modules.stored)
+    run, sizes = _settings(spec, before, sized, gpu_memory, shardable=shardable)
     now = plan.resolve(
         spec,
         rows=len(rows.train),
@@ -162,7 +163,8 @@ def prepare(
         sharded=run.sharded,
     )
     resolved = plan.frozen(before, now)
-    counted = preflight.judge(_counts(spec, base, rows, planned, examples), sized, spec, run, sizes, gpu_memory)
+    counted = _counts(spec, base, rows, planned, examples)
+    counted = preflight.judge(counted, sized, spec, run, sizes, gpu_memory, shardable=shardable)
     return Prepared(
         job=job,
         spec_digest=digest,
@@ -337,7 +339,7 @@ def _settings(
     sized: preflight.Sizing | None,
     gpu_memory: int | None,
     *,
-    has_layers: bool,
+    shardable: bool,
 ) -> tuple[RunSettings, list[int]]:
     """Return micro-batch size, checkpointing and data parallelism of a run, and the possible micro-batch sizes.
 
@@ -355,7 +357,7 @@ def _settings(
         )
     checkpointing = spec.resources.gpus > 0 and possible if recompute is None else recompute
     run = preflight.settings_of(spec, micro_batch_size=before or requested or max(sizes), checkpointing=checkpointing)
-    if run.sharded and not has_layers:
+    if run.sharded and not shardable:
         raise InvalidSpecError(
             f"resources.dataParallelism: the layers of {spec.base_model.uri} are unknown, so FSDP2 cannot shard its"
             " weights: use DDP"
@@ -366,7 +368,7 @@ def _settings(
     if sized is None or gpu_memory is None:
         return run, sizes
     choices = (False, True) if recompute is None and possible else (checkpointing,)
-    sharding = spec.resources.data_parallelism is None and spec.resources.ranks > 1 and spec.shardable and has_layers
+    sharding = spec.resources.data_parallelism is None and spec.resources.ranks > 1 and shardable
     return preflight.decide_settings(
         sized, run, [requested] if requested else sizes, choices, gpu_memory, sharding=sharding
     ), sizes

@@ -225,6 +225,8 @@ def judge(
     run: RunSettings,
     sizes: Sequence[int],
     gpu_memory: int | None,
+    *,
+    shardable: bool,
 ) -> Preflight:
     """Add the peak, its parts, the verdict and, if it may not fit, the cheapest change to the counts.
 
@@ -238,7 +240,7 @@ def judge(
     outcome = verdict(parts.peak, gpu_memory)
     suggestion = None
     if gpu_memory is not None and outcome is not Verdict.FITS:
-        suggestion = suggest(sized, spec, run, sizes, gpu_memory)
+        suggestion = suggest(sized, spec, run, sizes, gpu_memory, shardable=shardable)
     return counted.model_copy(
         update={
             "estimated_peak_bytes": parts.peak,
@@ -256,7 +258,15 @@ def judge(
     )
 
 
-def suggest(sized: Sizing, spec: FineTuneJobSpec, run: RunSettings, sizes: Sequence[int], gpu_memory: int) -> str:
+def suggest(
+    sized: Sizing,
+    spec: FineTuneJobSpec,
+    run: RunSettings,
+    sizes: Sequence[int],
+    gpu_memory: int,
+    *,
+    shardable: bool,
+) -> str:
     """Describe the cheapest change that fits according to the same estimate, in one sentence."""
 
     def fits(trial: RunSettings) -> bool:
@@ -269,7 +279,7 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: RunSettings, sizes: Seque
         run,
         sizes,
         checkpointing=can_recompute(spec),
-        sharding=spec.resources.ranks > 1 and spec.shardable,
+        sharding=spec.resources.ranks > 1 and shardable,
         quantization=_can_quantize(spec) and sized.stored_bytes is None,
     )
     if spec.dataset.overlong is Overlong.ERROR:

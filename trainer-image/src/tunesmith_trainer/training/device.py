@@ -41,7 +41,8 @@ def emulates_bfloat16(device: torch.device) -> bool:
     """Return True for a GPU that computes bfloat16 with slower instructions: NVIDIA's before Ampere."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) < _WITH_BFLOAT16
+    capability: tuple[int, int] = torch.cuda.get_device_capability(device)
+    return capability < _WITH_BFLOAT16
 
 
 def device_memory(device: torch.device) -> int | None:
