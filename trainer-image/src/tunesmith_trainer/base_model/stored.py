@@ -137,10 +137,11 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """Make a model whose weights are no longer quantised one like any other, which is saved in the usual format."""
-    model.hf_quantizer, model.is_quantized = None, False
+    for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
     model._weight_conversions = None  # noqa: SLF001 - they would quantise again when it is saved
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _convert_others(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
