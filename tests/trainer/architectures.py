@@ -17,20 +17,19 @@ if TYPE_CHECKING:
 VOCABULARY = 400
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "vocab_size": VOCABULARY}
 _DENSE = {
-    "hidden_size": 128,
+    "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # the smallest that vLLM's attention on a CPU has
+    "head_dim": 16,
     "max_position_embeddings": 512,
 }
 _MIXTRAL = _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}
-# Most weights are in the experts, as in the published models.
-_ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _GROUPED = _DENSE | {
-    "moe_intermediate_size": 64,
-    "n_routed_experts": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "n_group": 1,
@@ -40,12 +39,11 @@ _GROUPED = _DENSE | {
 _LATENT = _GROUPED | {
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
-    # The only sizes of latent attention that vLLM has on a CPU.
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "head_dim": 64,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
 }
 _LINEAR_ATTENTION = _DENSE | {
     "linear_num_value_heads": 4,
@@ -56,7 +54,7 @@ _LINEAR_ATTENTION = _DENSE | {
 }
 _SHARED = _ROUTED | {"shared_expert_intermediate_size": 32}
 _GPT = {
-    "n_embd": 128,
+    "n_embd": 64,
     "n_layer": 2,
     "n_head": 4,
     "n_positions": 512,
@@ -163,7 +161,7 @@ FAMILIES = [
             "layer_types": ["mamba", "attention"],
             "mamba_n_heads": 8,
             "mamba_d_state": 16,
-            "mamba_d_head": 32,
+            "mamba_d_head": 16,
         },
         experts=_EXPERTS,
     ),
@@ -180,7 +178,7 @@ FAMILIES = [
         "GPT-Neo",
         "gpt_neo",
         {
-            "hidden_size": 128,
+            "hidden_size": 64,
             "num_layers": 2,
             "num_heads": 4,
             "attention_types": [[["global", "local"], 1]],
@@ -193,7 +191,7 @@ FAMILIES = [
     Family(
         "Falcon",
         "falcon",
-        {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True, "alibi": False},
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True, "alibi": False},
         ("query_key_value",),
     ),
     Family(
@@ -201,9 +199,9 @@ FAMILIES = [
         "falcon_h1",
         _DENSE | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
     ),
-    Family("BLOOM", "bloom", {"hidden_size": 128, "n_layer": 2, "n_head": 4}, ("query_key_value",)),
-    Family("OPT", "opt", _DENSE | {"ffn_dim": 128, "word_embed_proj_dim": 128}),
-    Family("MPT", "mpt", {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, ("Wqkv",)),
+    Family("BLOOM", "bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, ("query_key_value",)),
+    Family("OPT", "opt", _DENSE | {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    Family("MPT", "mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, ("Wqkv",)),
     Family("Mixtral", "mixtral", _MIXTRAL, experts=_EXPERTS),
     Family("Qwen2-MoE", "qwen2_moe", _DENSE | _SHARED, experts=_EXPERTS),
     Family("Qwen3-MoE", "qwen3_moe", _DENSE | _ROUTED, experts=_EXPERTS),

@@ -167,7 +167,6 @@ def test_the_saved_adapter_is_what_was_trained(
     ("change", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "stored quantised (gptq)"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config as Q"),
         ({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Own"}}, "needs code of its own"),
     ],
 )
