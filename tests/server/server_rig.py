@@ -378,6 +378,7 @@ def engine_container(pod: Pod, **variables: str) -> Container:
         "PYTHONPATH": str(pod.state / "middleware"),
         "TUNESMITH_SERVING_KEY_FILE": str(pod.keys / "serving"),
         "TUNESMITH_POD_UID": POD_UID,
+        "TUNESMITH_AGENT_URL": pod.agent_url,
         "TUNESMITH_ADMIN_TOKEN_FILE": str(pod.state / "admin-token"),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -393,5 +394,5 @@ def engine_container(pod: Pod, **variables: str) -> Container:
         **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), "lo"),
         **variables,
     }
-    command = [str(vllm_program().with_name("python")), "-m", "tunesmith_launch", str(pod.base), *arguments]
+    command = [str(vllm_program().with_name("python")), "-m", "tunesmith_supervisor", str(pod.base), *arguments]
     return Container(command, environment, pod.folder / "engine.log")

@@ -15,6 +15,7 @@ from tunesmith_server.guard import (
     CANARY_SECONDS,
     CONFIRMATIONS,
     HANG_SECONDS,
+    MAX_FATAL_LOADS,
     MAX_UNEXPLAINED,
     PROGRESS_SECONDS,
     QUIET_SECONDS,
@@ -61,6 +62,7 @@ class Engine:
         self.answering.set()
         self.requests_sent: list[dict[str, Any]] = []
         self.restarts: list[str] = []
+        self.hung: list[bool] = []
 
     def snapshot(self) -> EngineSnapshot:
         totals = {name: {"requests": n, "promptTokens": 0, "completionTokens": 0} for name, n in self.requests.items()}
@@ -78,8 +80,9 @@ class Engine:
     async def processed_tokens(self) -> float:
         return self.tokens
 
-    async def restart(self, reason: str) -> None:
+    async def restart(self, reason: str, *, hung: bool) -> None:
         self.restarts.append(reason)
+        self.hung.append(hung)
 
     def reboot(self) -> None:
         self.boot += 1
@@ -330,6 +333,7 @@ async def test_an_engine_without_a_token_hangs(watch: Watch) -> None:
     await watch.step(HANG_SECONDS)
     assert "processed no token for 30 s" in watch.guard.problem
     assert watch.engine.restarts == [watch.guard.problem]
+    assert watch.engine.hung == [True]  # a request may be the cause
 
 
 async def test_an_engine_that_stalls_gets_no_requests_until_it_computes_again(watch: Watch) -> None:
@@ -421,7 +425,22 @@ async def test_an_adapter_whose_load_hangs_is_refused(watch: Watch) -> None:
     await watch.guard.load_hung(A.engine_name, f"/adapters/{A.digest.removeprefix('sha256:')}")
     assert list(watch.guard.refused) == [A.digest]
     assert A.engine_name in watch.guard.problem
-    assert len(watch.engine.restarts) == 1
+    assert watch.engine.hung == [False]  # no request is the cause
+
+
+async def test_an_adapter_during_whose_loads_the_engine_died_repeatedly_is_refused(watch: Watch) -> None:
+    await watch.started()
+    path = f"/adapters/{A.digest.removeprefix('sha256:')}"
+    for _ in range(MAX_FATAL_LOADS - 1):
+        watch.guard.load_crashed(A.engine_name, path)
+    watch.guard.load_finished(path)  # a coincidence
+    for _ in range(MAX_FATAL_LOADS - 1):
+        watch.guard.load_crashed(A.engine_name, path)
+    assert not watch.guard.refused
+    watch.guard = watch.new_guard()
+    watch.guard.load_crashed(A.engine_name, path)
+    assert "vLLM died 3 times while loading team/a@" in watch.guard.refused[A.digest]
+    assert watch.engine.restarts == []  # its supervisor has restarted it
 
 
 async def test_a_restarted_agent_keeps_the_reference_of_a_running_engine(watch: Watch) -> None:

@@ -60,20 +60,21 @@ def base_answer(pod: ServingPod) -> str:
     return pod.complete(BASE_NAME)
 
 
-def restarted(pod: ServingPod) -> int:
-    """Do the kubelet's work: the exit code of the engine, which runs again."""
-    wait_until(lambda: pod.engine.exit_code() is not None, f"the engine ends; see {pod.agent.log}")
-    code = pod.engine.exit_code()
-    assert code is not None
-    pod.engine.kill()  # what is left of the container
-    pod.engine.start()
-    return code
+def starts(pod: ServingPod) -> int:
+    """Number of engines that the supervisor has seen ready."""
+    return pod.engine.log.read_text().count("vLLM answers")
+
+
+def wait_restarted(pod: ServingPod, before: int) -> None:
+    wait_until(lambda: starts(pod) > before, f"the engine is started again; see {pod.engine.log}")
+    assert pod.engine.running()
 
 
 def test_an_adapter_that_damages_the_engine_is_detected_and_refused(pod: ServingPod) -> None:
     pod.want("pirate")
     pod.wait_resident("pirate")
     before = base_answer(pod), pod.complete(pod.entries["pirate"]["engineName"])
+    started = starts(pod)
     name = pod.entries["huge"]["engineName"]
     # As if its file had passed the checks: it lies where the agent keeps what did.
     pod.agent.kill()
@@ -83,10 +84,11 @@ def test_an_adapter_that_damages_the_engine_is_detected_and_refused(pod: Serving
     pod.want("pirate", "huge")
     problem = wait_until(lambda: pod.state().problem, f"the pod reports the adapter; see {pod.agent.log}")
     assert f"The base model's answers changed after the adapter {name} was loaded" in problem
-    assert restarted(pod) != 0
+    wait_restarted(pod, started)
     pod.wait_resident("pirate")
     state = pod.state()
     assert not state.problem
+    assert state.engine_crashes == 0  # no request was the cause
     assert state.engine_ready
     failure = pod.residency("huge")
     assert failure is not None
@@ -119,17 +121,26 @@ def core(pod: ServingPod) -> int:
 def test_an_engine_that_hangs_is_restarted(pod: ServingPod) -> None:
     pod.want("pirate")
     pod.wait_resident("pirate")
+    started = starts(pod)
     os.kill(core(pod), signal.SIGSTOP)
     problem = wait_until(lambda: pod.state().problem, f"the pod reports it; see {pod.agent.log}")
     assert "it hangs" in problem
-    assert restarted(pod) != 0
+    wait_restarted(pod, started)
     pod.wait_resident("pirate")
-    assert not pod.state().problem
+    state = pod.state()
+    assert not state.problem
+    assert state.engine_crashes == 1
+    assert "it hangs" in state.crashes[0].reason
 
 
-def test_an_engine_that_dies_does_not_exit_with_0(pod: ServingPod) -> None:
-    before = base_answer(pod)
+def test_an_engine_that_dies_is_restarted(pod: ServingPod) -> None:
+    before, started = base_answer(pod), starts(pod)
     os.kill(core(pod), signal.SIGKILL)
-    assert restarted(pod) != 0
+    wait_restarted(pod, started)
     pod.wait_resident("pirate")
     assert base_answer(pod) == before
+    state = pod.state()
+    assert state.engine_crashes == 2
+    assert state.crashes[1].was_ready
+    assert state.engine_start_seconds is not None
+    assert state.engine_start_seconds > 1

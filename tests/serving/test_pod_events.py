@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from tunesmith.contracts.agent import MAX_ADAPTERS, GatewayDemand, PodState, Residency, ResidencyState
+from tunesmith.contracts.crash import CrashedRequest, EngineCrash
 from tunesmith.contracts.podevents import EventReader, EventWriter, StreamOutOfSyncError
 
 
@@ -40,6 +41,26 @@ def test_a_stream_is_a_snapshot_then_changes_then_short_heartbeats() -> None:
     assert reader.state.sequence == 5
     assert sorted(reader.state.adapters, key=str) == sorted(state.adapters, key=str)
     assert reader.residency(adapters[0].engine_name) is None
+
+
+def crash(number: int, requests: int = 0) -> EngineCrash:
+    suspects = [CrashedRequest(digest=f"{request:048x}", model="team/a@1") for request in range(requests)]
+    return EngineCrash(id=f"{number:016x}", at=float(number), reason="killed", was_ready=True, requests=suspects)
+
+
+def test_a_crash_is_in_one_line_and_stays_in_the_state() -> None:
+    writer, reader = EventWriter(), EventReader()
+    state = PodState(engine_crashes=1, crashes=[crash(1)])
+    assert reader.read(writer.line(state)).crashes == (crash(1),)
+    state = state.model_copy(update={"engine_crashes": 2, "crashes": [crash(1), crash(2, requests=256)]})
+    assert reader.read(writer.line(state)).crashes == (crash(2, requests=256),)
+    heartbeat = writer.line(state)
+    assert reader.read(heartbeat).crashes == ()
+    assert len(heartbeat) < 200
+    assert reader.state == state
+    for number in range(3, 40):
+        reader.read(writer.line(state.model_copy(update={"crashes": [crash(number)]})))
+    assert [found.at for found in reader.state.crashes] == list(range(24, 40))
 
 
 def test_random_histories_are_read_as_written() -> None:

@@ -12,7 +12,14 @@ import pytest
 import yaml
 
 from tunesmith.api.engine_arguments import reserved_argument, reserved_variable
-from tunesmith.contracts.environment import ADAPTER_MEMORY, ADMIN_TOKEN_FILE, POD_UID, REQUESTS, SERVING_KEY_FILE
+from tunesmith.contracts.environment import (
+    ADAPTER_MEMORY,
+    ADMIN_TOKEN_FILE,
+    AGENT_URL,
+    POD_UID,
+    REQUESTS,
+    SERVING_KEY_FILE,
+)
 from tunesmith.contracts.network import NetworkPolicySettings
 from tunesmith.serving.render import (
     deployment,
@@ -260,11 +267,16 @@ def test_request_limits_are_passed_to_the_engine(pool: Callable[..., ServingPool
     assert '{"max_new_tokens": 64}' in arguments
 
 
-def test_the_middleware_reads_the_variables_that_the_operator_sets() -> None:
-    """It imports nothing but the standard library, so it has their names once more."""
-    source = (REPOSITORY / "server-image/src/tunesmith_server/middleware/tunesmith_middleware.py").read_text()
-    read = set(re.findall(r'"(TUNESMITH_[A-Z_]+)"', source))
-    assert read == {POD_UID, SERVING_KEY_FILE, ADMIN_TOKEN_FILE, REQUESTS, ADAPTER_MEMORY}
+def test_the_middleware_and_the_supervisor_read_the_variables_that_the_operator_sets() -> None:
+    """They import nothing but the standard library, so they have their names once more."""
+    folder = REPOSITORY / "server-image/src/tunesmith_server/middleware"
+
+    def variables(*modules: str) -> set[str]:
+        sources = [(folder / f"tunesmith_{module}.py").read_text() for module in modules]
+        return {name for source in sources for name in re.findall(r'"(TUNESMITH_[A-Z_]+)"', source)}
+
+    assert variables("middleware") == {POD_UID, SERVING_KEY_FILE, ADMIN_TOKEN_FILE, REQUESTS, ADAPTER_MEMORY}
+    assert variables("supervisor", "output", "reports") == {AGENT_URL, ADMIN_TOKEN_FILE}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,11 +8,14 @@ import time
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import MAX_ADAPTERS, DesiredAdapter, DesiredAdapters, PodState, PodUse
+from tunesmith_server.activity import Activity
 from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_revision, stored_size, stored_sizes
+from tunesmith_server.crashes import Crashes, StartTime
 from tunesmith_server.engine import (
     EngineAdapters,
     EngineClient,
     EngineDownError,
+    EngineLostError,
     EngineSilentError,
     EngineSnapshot,
     LoadRefusedError,
@@ -24,6 +27,7 @@ from tunesmith_server.retention import Retention
 from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
+    from tunesmith.contracts.crash import EngineExit
     from tunesmith_server.desired import DesiredFile
     from tunesmith_server.fetching import ArtifactFetcher
     from tunesmith_server.metrics import Metrics
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 PERIOD_SECONDS = 0.5
 """Time between two observations of the engine, unless an event triggers one sooner."""
 PARALLEL_DOWNLOADS = 4
+MAX_LOADS = 8
+"""Number of adapters that are loaded before the next canary: after a restart, the most active ones serve first."""
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +73,10 @@ class Agent:
         self._boot_id: str | None = None
         self._sizes = stored_sizes(settings.adapters)
         self._loads: dict[str, Loads] = {}
+        self._supervisor = ""
+        self._crashes = Crashes(settings.state)
+        self._start_time = StartTime()
+        self._activity = Activity()
         self._retention = Retention()
         self._downloads: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, Failure] = {}
@@ -99,6 +109,7 @@ class Agent:
         for name in [name for name in self._failures if after.get(name) != before.get(name)]:
             self._forget(name)
         self._loads = {name: loads for name, loads in self._loads.items() if name in after}
+        self._activity.forget_others(after)
         await self._publish()
         self._wake.set()
 
@@ -111,6 +122,17 @@ class Agent:
             except TimeoutError:
                 pass
             return self.state
+
+    async def record_exit(self, report: EngineExit) -> None:
+        """Record that the engine exited; its supervisor starts another."""
+        log.warning("the engine stopped: %s", report.reason)
+        if self._crashes.record(report, time.time()):
+            self._metrics.crashed()
+        if self._snapshot is not None and self._snapshot.state.started_at <= report.started_at:
+            self._snapshot = None
+            self._metrics.engine_ready(ready=False)
+        await self._publish()
+        self._wake.set()
 
     async def drain(self) -> bool:
         """Refuse new requests and wait for running ones; return True if all finished within `drain_seconds`."""
@@ -165,9 +187,12 @@ class Agent:
             self._downloads[adapter.digest] = asyncio.create_task(self._download(adapter))
         for name in steps.unloads:
             await self._unload(name)
-        loads = self._guard.allowed_loads(steps.loads)
+        allowed = self._guard.allowed_loads(self._activity.most_recent_first(steps.loads))
+        loads = allowed[:MAX_LOADS]
         for adapter in loads:
             await self._load(adapter)
+        if len(allowed) > len(loads):
+            self._wake.set()
         if loads or steps.unloads:
             await self._observe()
             await self._guard.step(self._snapshot, time.monotonic())
@@ -212,6 +237,7 @@ class Agent:
         if snapshot.state.boot_id != self._boot_id:
             self._record_boot(snapshot)
         self._snapshot = snapshot
+        self._activity.observe(snapshot.state, time.monotonic())
         folder = {a.engine_name: str(adapter_folder(self._settings.adapters, a.digest)) for a in self._wanted()}
         now = time.monotonic()
         self._unwanted_since = {
@@ -221,14 +247,15 @@ class Agent:
         }
 
     def _record_boot(self, snapshot: EngineSnapshot) -> None:
-        """Forget the refusals of the previous process, and that it was drained.
+        """Forget the refusals of the previous process, and that its container was drained.
 
         The kubelet also runs the preStop hook, which drains, before it restarts a container whose liveness probe
-        failed. In a pod that is being deleted no container is restarted.
+        failed. In a pod that is being deleted no container is restarted, but an engine that exits while it drains is.
         """
         log.info("the engine is up, boot %s", snapshot.state.boot_id)
-        if self._boot_id is not None:
+        if self._boot_id is not None and snapshot.state.supervisor != self._supervisor:
             self._draining = False
+        self._supervisor = snapshot.state.supervisor
         for name in self._refused.copy():
             self._forget(name)
         self._boot_id = snapshot.state.boot_id
@@ -295,9 +322,13 @@ class Agent:
             self._refused.add(name)
         except EngineSilentError:
             await self._guard.load_hung(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
+        except EngineLostError as error:
+            log.warning("loading %s: %s", name, error)
+            self._guard.load_crashed(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
         except EngineDownError as error:
             log.warning("loading %s: %s", name, error)
         else:
+            self._guard.load_finished(str(adapter_folder(self._settings.adapters, adapter.digest)))
             seconds = time.monotonic() - started
             self._loads[name] = Loads(self._loads[name].count + 1 if name in self._loads else 1, round(seconds, 3))
             self._metrics.loaded(seconds)
@@ -343,6 +374,10 @@ class Agent:
     async def _publish(self) -> None:
         current = self._desired.current
         snapshot = self._snapshot
+        now = time.time()
+        if snapshot is not None:
+            self._start_time.observe(snapshot.state, now, ready=self._guard.ready)
+            self._metrics.engine_start_seconds(self._start_time.seconds)
         state = PodState(
             epoch=current.epoch if current else 0,
             sequence=current.sequence if current else 0,
@@ -353,6 +388,9 @@ class Agent:
             stalled=self._guard.stalled,
             draining=self._draining,
             use=self._use(snapshot),
+            engine_crashes=self._crashes.total,
+            engine_start_seconds=self._start_time.seconds,
+            crashes=self._crashes.recent(now),
             adapters=plan(self._observation()).report,
         )
         self._metrics.residencies(state)

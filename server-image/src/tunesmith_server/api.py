@@ -12,6 +12,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from tunesmith.contracts.agent import HEARTBEAT_SECONDS, DesiredAdapters, Keys, accepts, accepts_digest, pod_tokens
+from tunesmith.contracts.crash import EXITS_PATH, EngineExit
 from tunesmith.contracts.podevents import EventWriter
 from tunesmith_server.desired import ImplausibleEpochError, OutdatedError
 
@@ -45,8 +46,9 @@ class Credentials:
         events: return the pool's events keys, for the stream of the pod's state.
         metrics: return the digests of the tokens of /metrics.
         pod_uid: UID of this pod.
-        admin_token: shared with the engine's container, whose preStop hook drains the pod with it. Nothing else may
-            drain the pod: a draining pod serves no requests until it is replaced.
+        admin_token: shared with the engine's container, whose preStop hook drains the pod with it, and whose
+            supervisor reports exits. Nothing else may drain the pod: a draining pod serves no requests until it is
+            replaced.
     """
 
     control: Callable[[], Keys] = field(repr=False)
@@ -59,7 +61,7 @@ class Credentials:
         """True if the value of an Authorization header opens a route."""
         if path == METRICS:
             return accepts_digest(presented, self.metrics())
-        if path == DRAIN:
+        if path in {DRAIN, EXITS_PATH}:
             return accepts(presented, (self.admin_token,))
         return accepts(presented, pod_tokens(self.events() if path == EVENTS else self.control(), self.pod_uid))
 
@@ -88,6 +90,7 @@ class AgentApi:
                 web.put("/v1/adapters", self._put),
                 web.get(EVENTS, self._events),
                 web.post(DRAIN, self._drain),
+                web.post(EXITS_PATH, self._record_exit),
                 web.get(METRICS, self._show_metrics),
             ]
         )
@@ -113,9 +116,7 @@ class AgentApi:
         try:
             wanted = DesiredAdapters.model_validate_json(await request.read())
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(map(str, first["loc"])) or "the body"
-            return web.json_response({"error": f"{field}: {first['msg']}"}, status=400)
+            return _invalid(error)
         names = [adapter.engine_name for adapter in wanted.adapters]
         if len(set(names)) < len(names):
             return web.json_response({"error": "adapters: an engine name appears twice in the list"}, status=400)
@@ -157,5 +158,20 @@ class AgentApi:
     async def _drain(self, _request: web.Request) -> web.Response:
         return web.json_response({"drained": await self._agent.drain()})
 
+    async def _record_exit(self, request: web.Request) -> web.Response:
+        try:
+            report = EngineExit.model_validate_json(await request.read())
+        except ValidationError as error:
+            log.warning("a report of the engine's supervisor is invalid: %s", error)
+            return _invalid(error)
+        await self._agent.record_exit(report)
+        return web.json_response({})
+
     async def _show_metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _invalid(error: ValidationError) -> web.Response:
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(map(str, first["loc"])) or "the body"
+    return web.json_response({"error": f"{field}: {first['msg']}"}, status=400)

@@ -37,6 +37,10 @@ class EngineSilentError(EngineDownError):
     """The engine accepted a request and did not answer in time."""
 
 
+class EngineLostError(EngineDownError):
+    """The engine closed the connection while it processed a request: it has probably died."""
+
+
 class RequestRefusedError(Exception):
     """The engine refused a request of the agent."""
 
@@ -84,11 +88,17 @@ class EngineAdapters(BaseModel):
 
 
 class EngineState(BaseModel):
-    """Response of the middleware's `GET /tunesmith/state`. Every process of the engine has another `boot_id`."""
+    """Response of the middleware's `GET /tunesmith/state`.
+
+    Every process of the engine has another `boot_id`, and every start of its container another `supervisor`.
+    `started_at`: start of the process, in seconds since 1970; 0 if unknown.
+    """
 
     model_config = ConfigDict(alias_generator=to_camel)
 
     boot_id: str
+    supervisor: str = ""
+    started_at: float = 0.0
     draining: bool
     in_flight: dict[str, int]
     totals: dict[str, ModelTotals]
@@ -169,6 +179,7 @@ class EngineClient:
         Raises:
             LoadRefusedError: the engine refuses to load the adapter, or has other weights loaded under the name.
             EngineSilentError: the engine did not finish in LOAD_SECONDS.
+            EngineLostError: the engine died meanwhile.
             EngineDownError: the engine does not answer.
         """
         status, text = await self._call(
@@ -226,13 +237,17 @@ class EngineClient:
         _, text = await self._call("GET", "/metrics", POLL_SECONDS)
         return sum(float(value) for value in _PROCESSED.findall(text))
 
-    async def restart(self, reason: str) -> None:
-        """Make the engine's process exit, so that the kubelet restarts its container.
+    async def restart(self, reason: str, *, hung: bool) -> None:
+        """Make the engine's process exit, so that its supervisor starts another.
+
+        Args:
+            reason: a sentence.
+            hung: True if the engine hangs, which counts as a crash.
 
         Raises:
             EngineDownError: the engine does not answer.
         """
-        await self._call("POST", "/tunesmith/restart", POLL_SECONDS, {"reason": reason})
+        await self._call("POST", "/tunesmith/restart", POLL_SECONDS, {"reason": reason, "hung": hung})
 
     async def _call_json(self, method: str, path: str) -> Any:  # noqa: ANN401 - JSON
         status, text = await self._call(method, path, POLL_SECONDS)
@@ -255,8 +270,10 @@ class EngineClient:
                 return response.status, _message(text) if body is not None and shorten else text
         except TimeoutError as error:
             raise EngineSilentError(f"the engine has not answered for {seconds:.0f} s") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise EngineDownError(f"the engine does not answer ({type(error).__name__})") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineLostError(f"the engine closed the connection ({type(error).__name__})") from None
 
 
 def _message(text: str) -> str:

@@ -2,7 +2,7 @@
 
 At each start of the engine, before any adapter is loaded, its answer to a canary prompt is recorded. The canary is
 repeated after every load, once a minute, and when no token is processed. Two faults make the pod unready and restart
-the engine, which runs in another container and exits on request:
+the engine, which runs in another container and exits on request; its supervisor starts another:
 
 - The base model's answers changed: CONFIRMATIONS consecutive answers differ from the reference by more than noise. If
   only one adapter can be the cause (it was loaded since the last good canary, and no other was loaded or used since),
@@ -13,6 +13,8 @@ the engine, which runs in another container and exits on request:
 - The engine hangs: a canary has waited for HANG_SECONDS, in which the engine processed no token at all. A busy engine
   processes tokens, however long its queue is. After STALL_SECONDS the pod receives no more requests; an engine that
   was only starved of CPU receives them again after its next token.
+
+An adapter is also refused if the engine died in MAX_FATAL_LOADS consecutive attempts to load it.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ MAX_UNEXPLAINED = 3
 """Number of restarts for changed answers without a suspect, after which changes are only logged: such an engine is not
 deterministic, and another restart does not help."""
 MAX_REFUSED = 256
+MAX_FATAL_LOADS = 3
+"""Number of consecutive loads of an adapter, during all of which the engine died, after which it is refused. A crash
+with another cause may coincide with a load."""
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +75,7 @@ class GuardRecord(BaseModel):
         on_trial: digests that are loaded alone, and before others.
         suspected: digests, one of which changed the base model's answers when it was used.
         unexplained: number of restarts for changed answers without a suspect.
+        fatal_loads: number of consecutive loads during which the engine died, by digest.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -80,6 +86,7 @@ class GuardRecord(BaseModel):
     on_trial: frozenset[str] = frozenset()
     suspected: frozenset[str] = frozenset()
     unexplained: int = 0
+    fatal_loads: dict[str, int] = Field(default_factory=dict)
 
 
 @dataclass
@@ -182,13 +189,30 @@ class Guard:
             if min(now - self._check_started, now - self._boot.progress_at) >= limit:
                 await self._restart(
                     f"The engine has processed no token for {limit:.0f} s although requests are waiting: it hangs and "
-                    "is restarted."
+                    "is restarted.",
+                    hung=True,
                 )
 
     async def load_hung(self, name: str, path: str) -> None:
         """Restart the engine because it did not finish loading an adapter, and refuse the adapter from now on."""
         self._refuse(frozenset({_digest(path)}), f"vLLM did not finish loading {name}; it is refused on this pod.")
         await self._restart(f"The engine did not finish loading the adapter {name}: it hangs and is restarted.")
+
+    def load_crashed(self, name: str, path: str) -> None:
+        """Record that the engine died while it loaded an adapter; refuse the adapter if that happens repeatedly."""
+        digest = _digest(path)
+        count = self._record.fatal_loads.get(digest, 0) + 1
+        counts = {**self._record.fatal_loads, digest: count}
+        self._save(fatal_loads=dict(list(counts.items())[-MAX_REFUSED:]))
+        if count >= MAX_FATAL_LOADS:
+            self._refuse(
+                frozenset({digest}), f"vLLM died {count} times while loading {name}; it is refused on this pod."
+            )
+
+    def load_finished(self, path: str) -> None:
+        """Record that the engine survived the load of an adapter."""
+        if (digest := _digest(path)) in self._record.fatal_loads:
+            self._save(fatal_loads={key: count for key, count in self._record.fatal_loads.items() if key != digest})
 
     def close(self) -> None:
         """Stop the background task."""
@@ -359,14 +383,14 @@ class Guard:
         refused = {**self._record.refused, **dict.fromkeys(digests, sentence)}
         self._save(refused=dict(list(refused.items())[-MAX_REFUSED:]))
 
-    async def _restart(self, problem: str) -> None:
+    async def _restart(self, problem: str, *, hung: bool = False) -> None:
         self.problem, self.stalled = problem, ""
         log.error("%s", problem)
         self._changed()
         try:
-            await self._engine.restart(problem)
+            await self._engine.restart(problem, hung=hung)
         except EngineDownError as error:
-            log.warning("restart: %s; the kubelet restarts an engine that does not answer", error)
+            log.warning("restart: %s; its supervisor kills an engine that does not answer", error)
 
     def _save(self, **changes: object) -> None:
         self._record = self._record.model_copy(update=changes)

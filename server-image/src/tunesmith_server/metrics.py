@@ -94,6 +94,16 @@ class Metrics:
             "Times since vLLM's start that it read the files of an adapter again, which its cache no longer had.",
             registry=self.registry,
         )
+        self._crashes = Counter(
+            "tunesmith_agent_engine_crashes",
+            "Exits of vLLM that the agent had not requested, and restarts of a vLLM that hung.",
+            registry=self.registry,
+        )
+        self._start = Gauge(
+            "tunesmith_agent_engine_start_seconds",
+            "Time from the latest start of vLLM's process until it accepted adapters; 0 before it was measured.",
+            registry=self.registry,
+        )
         self._failures = Counter(
             "tunesmith_agent_adapter_failures",
             "Failed downloads, checks and loads of adapters; permanent: true if repeating them cannot help.",
@@ -115,6 +125,14 @@ class Metrics:
     def downloaded(self, size: int) -> None:
         """Count bytes from the store."""
         self._bytes.inc(size)
+
+    def crashed(self) -> None:
+        """Count a crash of vLLM."""
+        self._crashes.inc()
+
+    def engine_start_seconds(self, seconds: float | None) -> None:
+        """Record how long vLLM's latest start took."""
+        self._start.set(seconds or 0.0)
 
     def engine_ready(self, *, ready: bool) -> None:
         """Record whether vLLM answers."""

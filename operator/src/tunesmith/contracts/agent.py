@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from tunesmith.api.model import StatusModel
 from tunesmith.api.servingpool import MAX_DESIRED_ADAPTERS
+from tunesmith.contracts.crash import MAX_POD_CRASHES, EngineCrash
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -255,25 +256,37 @@ class PodHeader(_WireModel):
         description="Reason why the pod temporarily receives no requests although it keeps its adapters; empty: none.",
     )
     use: PodUse = Field(default_factory=PodUse)
+    engine_crashes: int = Field(default=0, ge=0, le=_MAX_NUMBER, description="Crashes of the engine in this pod.")
+    engine_start_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        le=_MAX_NUMBER,
+        description="Time from the latest start of the engine's process until it accepted adapters.",
+    )
 
 
 class PodState(PodHeader):
     """Complete state of a pod."""
 
     adapters: list[Residency] = Field(default_factory=list, max_length=MAX_ADAPTERS)
+    crashes: list[EngineCrash] = Field(
+        default_factory=list, max_length=MAX_POD_CRASHES, description="Crashes of the past hour, oldest first."
+    )
 
 
 class PodEvent(PodHeader):
     """One line of `GET /v1/events` (NDJSON): on every change and at least every second.
 
     The first line of a stream is a snapshot; each later line holds the changes. `residency_digest` covers all revisions
-    as of the line, so a reader that missed a change detects it and reconnects for another snapshot.
+    as of the line, so a reader that missed a change detects it and reconnects for another snapshot. `crashes`: those
+    that no earlier line of the stream had.
     """
 
     snapshot: bool = False
     changed: list[Residency] = Field(default_factory=list, max_length=MAX_ADAPTERS)
     removed: list[EngineName] = Field(default_factory=list, max_length=MAX_ADAPTERS)
     residency_digest: str = Field(max_length=64)
+    crashes: list[EngineCrash] = Field(default_factory=list, max_length=MAX_POD_CRASHES)
 
 
 class AdapterDemand(_WireModel):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.contracts.agent import MAX_ADAPTERS, PodEvent, PodHeader, PodState, Residency
+from tunesmith.contracts.crash import MAX_POD_CRASHES
+
+if TYPE_CHECKING:
+    from tunesmith.contracts.crash import EngineCrash
 
 _HEADER = frozenset(PodHeader.model_fields)
 _RESIDENCY = tuple(Residency.model_fields)
@@ -45,6 +49,7 @@ class EventWriter:
 
     def __init__(self) -> None:
         self._sent: _Residencies | None = None
+        self._sent_crashes: frozenset[str] = frozenset()
 
     def line(self, state: PodState) -> bytes:
         """Return the next line: first a snapshot, then the changes since the previous line."""
@@ -63,16 +68,23 @@ class EventWriter:
             changed=changed,
             removed=sorted(removed),
             residency_digest=sent.digest,
+            crashes=[crash for crash in state.crashes if crash.id not in self._sent_crashes],
         )
+        self._sent_crashes = frozenset(crash.id for crash in state.crashes)
         return event.model_dump_json(by_alias=True, exclude_defaults=True).encode() + b"\n"
 
 
 class PodChange(NamedTuple):
-    """Changes in one line. `names`: the revisions that were added, changed or removed."""
+    """Changes in one line.
+
+    `names`: the revisions that were added, changed or removed. `crashes`: crashes of the engine; a snapshot repeats
+    those that earlier connections reported.
+    """
 
     snapshot: bool
     header: bool
     names: frozenset[str]
+    crashes: tuple[EngineCrash, ...] = ()
 
 
 class EventReader:
@@ -81,6 +93,7 @@ class EventReader:
     def __init__(self) -> None:
         self._known: _Residencies | None = None
         self._header = PodHeader()
+        self._crashes: tuple[EngineCrash, ...] = ()
         self._state: PodState | None = None
 
     def read(self, line: bytes) -> PodChange:
@@ -107,9 +120,12 @@ class EventReader:
         if len(known.by_name) > MAX_ADAPTERS:
             raise StreamOutOfSyncError(f"a pod cannot hold more than {MAX_ADAPTERS} revisions")
         header = PodHeader(**{name: getattr(event, name) for name in _HEADER})
-        change = PodChange(event.snapshot, self._known is None or header != self._header, frozenset(names))
+        change = PodChange(
+            event.snapshot, self._known is None or header != self._header, frozenset(names), tuple(event.crashes)
+        )
         self._known, self._header = known, header
-        if change.header or change.names:
+        self._crashes = (*self._crashes, *event.crashes)[-MAX_POD_CRASHES:]
+        if change.header or change.names or change.crashes:
             self._state = None
         return change
 
@@ -128,7 +144,7 @@ class EventReader:
         if self._state is None:
             header = {name: getattr(self._header, name) for name in _HEADER}
             adapters = list(self._known.by_name.values()) if self._known is not None else []
-            self._state = PodState.model_construct(**header, adapters=adapters)
+            self._state = PodState.model_construct(**header, adapters=adapters, crashes=list(self._crashes))
         return self._state
 
 

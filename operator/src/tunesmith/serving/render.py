@@ -17,6 +17,7 @@ from tunesmith.contracts.environment import (
     ADMIN_TOKEN_FILE,
     AGENT_KEYS_FOLDER,
     AGENT_STATE_FOLDER,
+    AGENT_URL,
     ALLOWED_ADDRESSES,
     CONTROL_KEY,
     EVENTS_KEY,
@@ -57,6 +58,8 @@ _REQUESTED_STORAGE = "256Mi"
 _DRAIN_MARGIN_SECONDS = 30
 _START_SECONDS = 3600
 _PROBE_SECONDS = 5
+_READINESS_SECONDS = 2
+_LIVENESS_SECONDS = 10
 _CPU_TIMEOUTS = ["--hang-seconds", "120", "--stall-seconds", "60"]
 """Agent arguments that allow an engine on CPUs more time between tokens: while another engine started on the same
 cores, one generated none for more than 30 s."""
@@ -305,7 +308,7 @@ def _engine(pool: ServingPool, settings: PoolSettings) -> Manifest:
         "name": ENGINE_CONTAINER,
         "image": pool.spec.engine.image or settings.engine_image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": ["python3", "-m", "tunesmith_launch", base_model.BASE_FOLDER],
+        "command": ["python3", "-m", "tunesmith_supervisor", base_model.BASE_FOLDER],
         "args": _engine_arguments(pool),
         "env": _engine_variables(pool),
         "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
@@ -324,8 +327,13 @@ def _engine(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "periodSeconds": _PROBE_SECONDS,
             "failureThreshold": _START_SECONDS // _PROBE_SECONDS,
         },
-        "readinessProbe": {**health, "periodSeconds": _PROBE_SECONDS, "failureThreshold": 3},
-        "livenessProbe": {**health, "periodSeconds": 10, "failureThreshold": 12},
+        "readinessProbe": {**health, "periodSeconds": _READINESS_SECONDS, "failureThreshold": 3},
+        # The supervisor kills a hung engine sooner. A restarted one may take as long as its first start.
+        "livenessProbe": {
+            **health,
+            "periodSeconds": _LIVENESS_SECONDS,
+            "failureThreshold": _START_SECONDS // _LIVENESS_SECONDS,
+        },
         "lifecycle": {"preStop": {"exec": {"command": ["python3", "-c", _DRAIN % (pool.spec.drain_seconds + 10)]}}},
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
@@ -382,6 +390,7 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
         "VLLM_NO_USAGE_STATS": "1",
         SERVING_KEY_FILE: f"{_ENGINE_KEYS}/{SERVING_KEY}",
         ADMIN_TOKEN_FILE: _ADMIN_TOKEN_FILE,
+        AGENT_URL: f"http://127.0.0.1:{AGENT_PORT}",
         REQUESTS: json.dumps(pool.spec.requests.manifest()),
         ADAPTER_MEMORY: str(_adapter_memory(pool)),
         # The engine runs in one pod: its processes' ports are not exposed to others.

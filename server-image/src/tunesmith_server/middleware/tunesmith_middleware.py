@@ -11,6 +11,7 @@ The environment is read when the module is imported, so that vLLM does not start
     TUNESMITH_ADMIN_TOKEN_FILE: file with the agent's token.
     TUNESMITH_REQUESTS: JSON of the pool's `spec.requests`; absent: the defaults. See tunesmith_checks.Policy.
     TUNESMITH_ADAPTER_MEMORY: highest number of bytes of the engine's cache of adapters; absent: unlimited.
+    TUNESMITH_SUPERVISOR, TUNESMITH_ENGINE_STARTED_AT, TUNESMITH_JOURNAL_FD: set by the supervisor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import hmac
 import importlib.metadata
 import json
 import os
-import re
 import secrets
 import sys
 import time
@@ -31,7 +31,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
-    from tunesmith_server.middleware import tunesmith_adapters, tunesmith_checks, tunesmith_parameters
+    from tunesmith_server.middleware import (
+        tunesmith_adapters,
+        tunesmith_checks,
+        tunesmith_journal,
+        tunesmith_parameters,
+        tunesmith_reply,
+    )
 
     Scope = MutableMapping[str, Any]
     Message = MutableMapping[str, Any]
@@ -42,7 +48,9 @@ else:
     # Beside this file, which the agent puts on the engine's PYTHONPATH.
     import tunesmith_adapters
     import tunesmith_checks
+    import tunesmith_journal
     import tunesmith_parameters
+    import tunesmith_reply
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Largest request body, in bytes; 413 above it."""
@@ -56,17 +64,20 @@ ADAPTERS = frozenset({_LOAD, "/v1/unload_lora_adapter"})
 READ = frozenset({"/v1/models", "/metrics"})
 """Routes that clients may GET."""
 
-# Quotes inside generated text are escaped, so this matches only the reply's own object.
-_USAGE = re.compile(rb',\s*"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
-_USAGE_ONLY = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*([0-9]{1,6})')
-_USAGE_BYTES = 1024
-_EVENT_BYTES = 4 * 1024 * 1024
 _LENGTH_HEADERS = frozenset({b"content-length", b"transfer-encoding"})
 _REREAD_SECONDS = 2.0
 _RESTART_CODE = 75
+"""Exit code known to the supervisor: the agent restarts an engine whose answers changed."""
+_HUNG_CODE = 76
 _DEAD_CODE = 1
 _REASON_CHARACTERS = 1000
+
+
+def _number(variable: str) -> float:
+    try:
+        return float(os.environ.get(variable, "0"))
+    except ValueError:
+        return 0.0
 
 
 def _variable(variable: str, content: str) -> str:
@@ -168,18 +179,24 @@ ADAPTER_MEMORY = _adapter_memory()
 class Middleware:
     """Middleware around vLLM's application.
 
-    Its own routes, for the agent: `GET /tunesmith/state` returns `{"bootId", "draining", "inFlight": {model:
-    requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "adapters": …}`, see
-    tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after `POST /tunesmith/drain` new
-    work is refused; `POST /tunesmith/restart` with `{"reason"}` exits the process, and the kubelet restarts the
-    container. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while
+    Its own routes, for the agent: `GET /tunesmith/state` returns `{"bootId", "supervisor", "startedAt", "draining",
+    "inFlight": {model: requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "adapters": …}`,
+    see tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after `POST /tunesmith/drain`
+    new work is refused; `POST /tunesmith/restart` with `{"reason", "hung"}` exits the process, and the supervisor starts
+    another. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while
     draining is 503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry such a
-    request on another pod.
+    request on another pod. An error because the engine died has the header `x-tunesmith-engine-lost: true`.
+
+    A client's request with the header `x-tunesmith-digest` is in the journal while the engine processes it, and stays
+    in it if the engine died meanwhile.
     """
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._boot_id = secrets.token_hex(16)
+        self._supervisor = os.environ.get(tunesmith_journal.SUPERVISOR, "")
+        self._started_at = _number(tunesmith_journal.STARTED_AT)
+        self._journal = tunesmith_journal.Journal()
         self._draining = False
         self._in_flight: dict[str, int] = {}
         self._adapters = tunesmith_adapters.EngineAdapters(ADAPTER_MEMORY, on_cpu=POLICY.on_cpu)
@@ -238,13 +255,15 @@ class Middleware:
     async def _restart(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read_body(scope, receive)
         try:
-            reason = str(json.loads(body or b"")["reason"])[:_REASON_CHARACTERS]
+            document = json.loads(body or b"")
+            reason = str(document["reason"])[:_REASON_CHARACTERS]
         except (ValueError, KeyError, TypeError, RecursionError):
             await _refuse(send, 400, "invalid_json", "The body must be an object with a reason.")
             return
         self._draining = True
         await _reply(send, 200, self._state())
-        asyncio.get_running_loop().call_later(0.1, _exit, _RESTART_CODE, f"the agent restarts the engine: {reason}")
+        code = _HUNG_CODE if document.get("hung") else _RESTART_CODE
+        asyncio.get_running_loop().call_later(0.1, _exit, code, f"the agent restarts the engine: {reason}")
 
     def _lifespan(self, scope: Scope, receive: Receive) -> Receive:
         """Return a receive that prepares the engine before the server starts to listen."""
@@ -290,6 +309,8 @@ class Middleware:
     def _state(self, seen: int | None = None) -> dict[str, Any]:
         return {
             "bootId": self._boot_id,
+            "supervisor": self._supervisor,
+            "startedAt": self._started_at,
             "draining": self._draining,
             "inFlight": self._in_flight,
             "totals": self._totals,
@@ -323,13 +344,10 @@ class Middleware:
             await _refuse(send, 400, refusal.code, refusal.message, param=refusal.parameter)
             return
         # No await between the check and the count: a drain either refuses a request or waits for it.
-        if self._draining:
-            headers = ((b"x-tunesmith-not-started", b"true"), (b"retry-after", b"1"))
-            await _refuse(
-                send, 503, "not_started", "This pod is stopping and did not start the request. Send it again.", headers
-            )
+        if self._draining or _is_dead(scope):
+            await _refuse_not_started(send)
             return
-        observer = _Reply(send, self._count, model)
+        observer = tunesmith_reply.Reply(send, self._count, model, lambda: _is_dead(scope))
         if document.get("stream"):
             # Tokens are counted from the usage in every event; it is removed for a client that did not request it.
             requested = document.get("stream_options") or {}
@@ -346,17 +364,31 @@ class Middleware:
                 (b"content-length", str(len(body)).encode()),
             ],
         }
+        await self._process(scope, _Client(body, receive), observer.send, model)
+
+    async def _process(self, scope: Scope, client: _Client, send: Send, model: str) -> None:
+        """Have vLLM process a checked request once its adapter has a slot; it is counted meanwhile."""
         self._in_flight[model] = self._in_flight.get(model, 0) + 1
-        client = _Client(body, receive)
         try:
             async with self._adapters.use(model, client.left) as admitted:
-                if admitted:
-                    await self._app(scope, client.receive, observer.send)
+                if admitted and _is_dead(scope):
+                    await _refuse_not_started(send)
+                elif admitted:
+                    await self._compute(scope, client.receive, send, model)
         finally:
             client.forget()
             self._in_flight[model] -= 1
             if not self._in_flight[model]:
                 del self._in_flight[model]
+
+    async def _compute(self, scope: Scope, receive: Receive, send: Send, model: str) -> None:
+        """Have vLLM process a request, which is in the journal meanwhile, and stays in it if the engine died."""
+        slot = self._journal.begin(_header(scope, b"x-tunesmith-digest"), model)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if not _is_dead(scope):
+                self._journal.end(slot)
 
     def _count(self, model: str, requests: int, prompt: int, completion: int) -> None:
         # The engine answers unknown names with 404, which is not counted, so there are no more totals than models.
@@ -364,87 +396,6 @@ class Middleware:
         total["requests"] += requests
         total["promptTokens"] += prompt
         total["completionTokens"] += completion
-
-
-class _Reply:
-    """Forwarder of a reply that counts its tokens from the usage that vLLM reports in it.
-
-    A stream reports its usage in every event, so if the client disconnects, the tokens up to then are counted. Any
-    other reply reports it once; if the client disconnects before, its request is counted without tokens.
-    """
-
-    def __init__(self, send: Send, count: Callable[[str, int, int, int], None], model: str) -> None:
-        self._send = send
-        self._count = count
-        self._model = model
-        self._ok = False
-        self._rest = b""
-        self._stream = False
-        self._hide_final = self._hide_others = False
-        self._prompt = self._completion = 0
-        self._choices: dict[bytes, int] = {}
-
-    def hide_usage(self, *, final: bool, others: bool) -> None:
-        """Expect a stream, and remove the usage from its last event (`final`), or from all others (`others`)."""
-        self._stream, self._hide_final, self._hide_others = True, final, others
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._ok = 200 <= message["status"] < 300  # noqa: PLR2004 - HTTP success
-            if self._ok:
-                self._count(self._model, 1, 0, 0)
-            else:
-                self._stream = False
-        elif message["type"] == "http.response.body" and self._ok:
-            body = message.get("body", b"")
-            if self._stream:
-                body = self._events(body, last=not message.get("more_body", False))
-                message = {**message, "body": body}
-            else:
-                # A usage object split over two pieces is found by prepending the end of the first to the second.
-                window = self._rest + body
-                self._report(window)
-                self._rest = window[-_USAGE_BYTES:]
-        await self._send(message)
-
-    def _events(self, body: bytes, *, last: bool) -> bytes:
-        """Return the complete events so far, without the usage that the client did not request."""
-        body, self._rest = self._rest + body, b""
-        if not last and not body.endswith(b"\n\n"):
-            complete, separator, rest = body.rpartition(b"\n\n")
-            if len(rest) < _EVENT_BYTES:
-                body, self._rest = complete + separator, rest
-        if b'"usage"' not in body:
-            return body
-        events = body.split(b"\n\n")
-        return b"\n\n".join(event for event in map(self._event, events) if event is not None)
-
-    def _event(self, event: bytes) -> bytes | None:
-        if not event.startswith(b"data: {") or not self._report(event):
-            return event
-        final = _USAGE_ONLY.search(event) is not None
-        if final:
-            return None if self._hide_final else event
-        return _USAGE.sub(b"", event, count=1) if self._hide_others else event
-
-    def _report(self, text: bytes) -> bool:
-        """Count the tokens that the last usage in a text adds to those already counted."""
-        found = None
-        for found in _USAGE.finditer(text):  # noqa: B007 - the last one is used
-            pass
-        if found is None:
-            return False
-        try:
-            usage = json.loads(found[1])
-        except ValueError:
-            return False
-        prompt, completion = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        if (choice := _CHOICE.search(text)) and self._stream:  # its event reports the tokens of this choice
-            self._choices[choice[1]] = completion
-            completion = sum(self._choices.values())
-        self._count(self._model, 0, max(0, prompt - self._prompt), max(0, completion - self._completion))
-        self._prompt, self._completion = max(prompt, self._prompt), max(completion, self._completion)
-        return True
 
 
 def _member(body: bytes, name: str) -> str | None:
@@ -461,15 +412,19 @@ def _seen(scope: Scope) -> int | None:
     return int(found[1]) if found else None
 
 
+def _is_dead(scope: Scope) -> bool:
+    """Return True if vLLM knows that the process that computes has died."""
+    engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    return bool(getattr(engine, "errored", False))
+
+
 def _guard_shutdown(scope: Scope, receive: Receive) -> Receive:
     """Return a receive for the lifespan scope: a server that stops because its engine died must not exit with 0."""
 
     async def guarded() -> Message:
         message = await receive()
-        if message["type"] == "lifespan.shutdown":
-            engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
-            if getattr(engine, "errored", False):
-                _exit(_DEAD_CODE, "the engine died; its error is above")
+        if message["type"] == "lifespan.shutdown" and _is_dead(scope):
+            _exit(_DEAD_CODE, "the engine died; its error is above")
         return message
 
     return guarded
@@ -517,6 +472,11 @@ def _route(scope: Scope) -> str:
     if root and path.startswith(root) and path[len(root) : len(root) + 1] in {"", "/"}:
         return path[len(root) :]
     return path
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    """Return the value of a header; empty if it is missing."""
+    return next((value.decode("ascii", "replace") for key, value in scope["headers"] if key == name), "")
 
 
 def _bearer(scope: Scope) -> bytes:
@@ -569,6 +529,13 @@ class _Client:
         """Stop waiting for the client."""
         if self._next is not None:
             self._next.cancel()
+
+
+async def _refuse_not_started(send: Send) -> None:
+    headers = ((b"x-tunesmith-not-started", b"true"), (b"retry-after", b"1"))
+    await _refuse(
+        send, 503, "not_started", "This pod is stopping and did not start the request. Send it again.", headers
+    )
 
 
 async def _refuse(
