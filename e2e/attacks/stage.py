@@ -241,9 +241,11 @@ class Stage:
             for process in processes_of(str(container_status(pod, "agent")["containerID"]))[:1]
         }
 
-    def restarts(self, container: str = "engine") -> int:
-        """Return the number of restarts of a container in the shared pool's pods."""
-        return sum(container_status(pod, container)["restartCount"] for pod in self.pods())
+    def restarts(self, container: str = "engine") -> tuple[int, str]:
+        """Return the number of restarts of a container in the shared pool's pods, and for the engine its last crash."""
+        count = sum(container_status(pod, container)["restartCount"] for pod in self.pods())
+        crash = get("servingpool", POOL, PLATFORM)["status"].get("latestCrash") if container == "engine" else None
+        return count, json.dumps(crash)
 
 
 def pool_manifest(name: str = POOL, **changes: object) -> Object:

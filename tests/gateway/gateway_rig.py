@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
@@ -20,6 +22,7 @@ from tunesmith.contracts.agent import (
     serving_keys,
 )
 from tunesmith.contracts.apikey import key_record, new_key
+from tunesmith.contracts.crash import CrashedRequest, EngineCrash
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.podevents import EventWriter
 
@@ -110,6 +113,8 @@ class FakePod:
         self.stalled = ""
         self.ready = True
         self.seen: list[dict[str, Any]] = []
+        self.digests: list[str] = []
+        self.crashes: list[EngineCrash] = []
         self.running = 0
         self.max_running = 0
         self.disconnected = 0
@@ -178,6 +183,13 @@ class FakePod:
         self.resident |= set(names)
         await self.notify()
 
+    async def report_crash(self, *digests: str, model: str = "team/pirate@aaaaaaaaaaaa") -> None:
+        """Report a crash during which the requests were in flight, as the agent does."""
+        requests = [CrashedRequest(digest=entry, model=model) for entry in digests]
+        id_ = secrets.token_hex(8)
+        self.crashes.append(EngineCrash(id=id_, at=time.time(), reason="killed", was_ready=True, requests=requests))
+        await self.notify()
+
     async def _events(self, request: web.Request) -> web.StreamResponse:
         if not accepts(request.headers.get("Authorization", ""), self.tokens(events_keys)):
             raise web.HTTPUnauthorized
@@ -190,6 +202,7 @@ class FakePod:
                 engine_ready=self.engine_ready,
                 draining=self.draining,
                 stalled=self.stalled,
+                crashes=list(self.crashes),
                 adapters=[
                     Residency(engine_name=name, digest=digest("a"), state=ResidencyState.RESIDENT)
                     for name in sorted(names)
@@ -216,6 +229,7 @@ class FakePod:
                 headers={"x-tunesmith-not-started": "true"},
             )
         self.seen.append(body)
+        self.digests.append(request.headers["x-tunesmith-digest"])
         if self.answer is not None:
             answer = await self.answer(request, body)
             if answer is not None:
@@ -273,7 +287,13 @@ def condition(type_: str, status: str, reason: str, message: str = "") -> dict[s
 
 
 def pool_manifest(
-    name: str = "pool", namespace: str = "serving", *, model: str = "base", open_to: str = "All"
+    name: str = "pool",
+    namespace: str = "serving",
+    *,
+    model: str = "base",
+    open_to: str = "All",
+    status: dict[str, Any] | None = None,
+    **spec: Any,
 ) -> dict[str, Any]:
     return {
         "kind": "ServingPool",
@@ -288,7 +308,9 @@ def pool_manifest(
             "modelName": model,
             "baseModel": {"uri": "s3://models/base"},
             "allowedNamespaces": {"from": open_to},
+            **spec,
         },
+        "status": status or {},
     }
 
 

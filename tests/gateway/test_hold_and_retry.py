@@ -148,21 +148,6 @@ async def test_a_pod_that_refuses_the_gateways_token_is_not_the_clients_fault(pa
     assert (status, answer["choices"][0]["message"]["content"]) == (200, other.name)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_that_started_is_never_sent_twice(patient: Rig, stream: bool) -> None:  # noqa: FBT001
-    dying, other = await pair(patient)
-
-    async def die(request: web.Request, _: dict[str, Any]) -> web.StreamResponse:
-        assert request.transport is not None
-        request.transport.abort()
-        return web.Response()
-
-    dying.answer = die
-    status, answer = await patient.chat("pirate", stream=stream)
-    assert (status, answer["error"]["code"]) == (502, "engine_failed")
-    assert (len(dying.seen), len(other.seen)) == (1, 0)
-
-
 async def test_a_503_without_the_not_started_header_is_never_sent_twice(patient: Rig) -> None:
     overloaded, other = await pair(patient)
 

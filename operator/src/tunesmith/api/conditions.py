@@ -358,6 +358,14 @@ class EventReason(Reason):
         "ScaledUp", "desiredReplicas of a pool or an adapter increased. The message contains the cause."
     )
     SCALED_DOWN = _normal("ScaledDown", "desiredReplicas of a pool or an adapter decreased.")
+    ENGINE_CRASHED = _warning(
+        "EngineCrashed", "The engine of a pod stopped and is started again. The message contains its last error line."
+    )
+    REQUEST_REFUSED = _warning(
+        "RequestRefused",
+        "A request was being processed at two crashes of a pool's engines: the gateways refuse it for an hour. The "
+        "message contains the first digits of its digest and its model.",
+    )
     STATUS_REFUSED = _warning(
         "StatusRefused", "The API server rejects the status, which stays out of date until it accepts it."
     )

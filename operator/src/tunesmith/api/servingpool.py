@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,6 +31,8 @@ MAX_DESIRED_ADAPTERS = 1024
 """Highest number of desired revisions of one pod."""
 MAX_LISTED_PODS = 100
 _DEFAULT_MAX_ADAPTERS = 64
+_HOLD_MARGIN_SECONDS = 15.0
+_MAX_HOLD_SECONDS = 600.0
 ModelName = Annotated[
     str,
     Field(min_length=1, max_length=MAX_MODEL_NAME),
@@ -287,6 +290,13 @@ class ServingPoolSpec(ApiModel):
     drain_seconds: int = Field(
         default=60, ge=0, le=3600, description="Seconds for which a terminating pod waits for its running requests."
     )
+    hold_seconds: int | None = Field(
+        default=None,
+        ge=0,
+        le=3600,
+        description="Seconds for which the gateway keeps a request that no pod can serve yet, such as while an engine "
+        "starts again after a crash. Absent: one and a half times status.engineStartSeconds plus 15, at most 600.",
+    )
     rolling_update: RollingUpdate = Field(
         default_factory=RollingUpdate, description="Replacement of the pods when their template changes."
     )
@@ -334,6 +344,23 @@ class PoolRollback(StatusModel):
         default=None, max_length=64, description="Digest of the spec that failed; until it changes, goodSpec is used."
     )
     reason: str | None = Field(default=None, max_length=1024, description="Failure of the rejected spec.")
+
+
+class EngineCrashStatus(StatusModel):
+    """A crash of an engine."""
+
+    pod: str = Field(max_length=253, description="Name of the pod.")
+    time: datetime = Field(description="Time of the crash.")
+    message: str = Field(max_length=1024, description="Reason and last error line of the engine.")
+
+
+class RefusedRequest(StatusModel):
+    """A request that gateways refuse because it was in flight at several crashes."""
+
+    digest: str = Field(max_length=64, description="First digits of its digest, which the client's error contains too.")
+    model: str = Field(max_length=256, description="Revision or base model that it was sent to.")
+    crashes: int = Field(description="Number of crashes.")
+    until: datetime = Field(description="Time until which it is refused.")
 
 
 class ServingPoolStatus(StatusModel):
@@ -385,6 +412,21 @@ class ServingPoolStatus(StatusModel):
     rollback: PoolRollback | None = Field(
         default=None, description="Record of the last good spec, with rollingUpdate.onFailure: RollBack."
     )
+    engine_start_seconds: int | None = Field(
+        default=None,
+        ge=0,
+        description="Seconds from the start of an engine's process until it accepted adapters: the longest of the "
+        "pods' latest starts.",
+    )
+    engine_crashes: int | None = Field(
+        default=None, description="Number of crashes of the current pods' engines in the past hour."
+    )
+    latest_crash: EngineCrashStatus | None = Field(default=None, description="The latest of these crashes.")
+    refused_requests: list[RefusedRequest] | None = Field(
+        default=None,
+        max_length=32,
+        description="Requests that were in flight at two or more crashes, which gateways refuse for an hour.",
+    )
 
 
 class ServingPool(ApiModel):
@@ -408,6 +450,14 @@ class ServingPool(ApiModel):
     def admits(self, namespace: str, labels: Mapping[str, str] | None) -> bool:
         """Return True if a namespace with these labels may attach adapters; see `AllowedNamespaces.admits`."""
         return self.spec.allowed_namespaces.admits(self.metadata.namespace, namespace, labels)
+
+    @property
+    def hold_seconds(self) -> float | None:
+        """Time for which a gateway keeps a request that no pod can serve yet; None if no start was measured."""
+        if self.spec.hold_seconds is not None:
+            return self.spec.hold_seconds
+        start = self.status.engine_start_seconds
+        return None if start is None else min(_MAX_HOLD_SECONDS, 1.5 * start + _HOLD_MARGIN_SECONDS)
 
     @property
     def model(self) -> str:

@@ -153,6 +153,11 @@ class CrashLedger:
         """Return the requests that are refused now."""
         return [suspect for suspect in self._suspects.values() if suspect.is_refused and suspect.until > now]
 
+    def is_empty(self, now: float) -> bool:
+        """Return True if no crash counts any more."""
+        self._forget(now)
+        return not self._recorded
+
     def _add(self, digest: str, model: str) -> SuspectRequest:
         if len(self._suspects) >= MAX_LEDGER_REQUESTS:
             once, repeatedly = max(self._by_tenant.values(), key=lambda entries: len(entries[0]) + len(entries[1]))

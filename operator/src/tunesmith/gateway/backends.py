@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.podevents import PodChange
     from tunesmith.gateway.catalog import Pod, PoolKey
+    from tunesmith.gateway.crashes import CrashTable
 
 LOG = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class BackendTable:
     Args:
         session: makes the requests to agents.
         gateway_keys: returns the gateway's keys, from which the pods' tokens are derived.
+        crashes: gets the crashes that the agents report.
         clock: monotonic seconds.
     """
 
@@ -125,6 +127,7 @@ class BackendTable:
         self,
         session: aiohttp.ClientSession,
         gateway_keys: Callable[[], Keys],
+        crashes: CrashTable,
         *,
         clock: Callable[[], float],
         engine_port: int,
@@ -132,6 +135,7 @@ class BackendTable:
     ) -> None:
         self._session = session
         self._keys = gateway_keys
+        self._crashes = crashes
         self._clock = clock
         self._ports = (engine_port, agent_port)
         self._by_uid: dict[str, Backend] = {}
@@ -210,6 +214,10 @@ class BackendTable:
             return None
         return trusted[choose([backend.load(engine_name, is_base=is_base) for backend in trusted], weight)]
 
+    def has_pods(self, pool: PoolKey) -> bool:
+        """Return True if the pool has pods, usable or not."""
+        return pool in self._by_pool
+
     def suspect(self, backend: Backend) -> None:
         """Record that the pod did not accept a connection: it is tried last for `SUSPECT_SECONDS`."""
         backend.suspect_until = self._clock() + SUSPECT_SECONDS
@@ -236,6 +244,8 @@ class BackendTable:
 
             def process(line: bytes) -> None:
                 change = reader.read(line)
+                for crash in change.crashes:
+                    self._crashes.record(backend.pod.pool.uid, crash)
                 gone = backend.remove_unlisted(reader) if change.snapshot else frozenset()
                 moved = backend.apply(reader, change, self._clock())
                 if moved is not None or gone:

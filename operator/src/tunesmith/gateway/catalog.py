@@ -112,6 +112,7 @@ class Catalog:
         self._claims: dict[str, dict[_Claimant, tuple[ModelNameClaim, Model]]] = {}
         self._claimed: dict[_Claimant, str] = {}
         self._pools: dict[PoolKey, Pool] = {}
+        self._hold_seconds: dict[PoolKey, float | None] = {}
         self._pods: dict[tuple[str, str], _PodRecord] = {}
         self._models: dict[str, Model] = {}
         self._by_namespace: dict[str, dict[str, Model]] = {}
@@ -159,12 +160,14 @@ class Catalog:
             self.remove_pool(document)
             raise
         self._pools[key] = Pool(key=key, uid=pool.metadata.uid)
+        self._hold_seconds[key] = pool.hold_seconds
         self._claim(_Claimant("ServingPool", *key), model_name_claim(pool), _base_model(pool))
 
     def remove_pool(self, document: Mapping[str, Any]) -> None:
         """Forget a ServingPool."""
         key = _key_of(document)
         self._pools.pop(key, None)
+        self._hold_seconds.pop(key, None)
         self._withdraw(_Claimant("ServingPool", *key))
 
     def put_pod(self, document: Mapping[str, Any]) -> None:
@@ -196,6 +199,10 @@ class Catalog:
             if pool is not None and pod.pool_uid == pool.uid:
                 name = f"{pod.namespace}/{pod.name}"
                 yield Pod(uid=pod.uid, name=name, address=pod.address, pool=pool, ready=pod.ready)
+
+    def hold_seconds(self, key: PoolKey) -> float | None:
+        """Return the time for which a request may wait for a pod of a pool; None if it is not known."""
+        return self._hold_seconds.get(key)
 
     def exists(self, model_id: str) -> bool:
         """Return True if there is a model with this global id."""

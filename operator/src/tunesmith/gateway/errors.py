@@ -6,6 +6,8 @@ from http import HTTPStatus
 
 import orjson
 
+from tunesmith.contracts.crash import SHOWN_DIGITS
+
 _MAX_SHOWN_NAME = 128
 _MAX_SHOWN_METHOD = 16
 _MAX_STATUS = 599
@@ -252,6 +254,18 @@ def _unavailable(message: str, code: str, retry_after: int) -> ApiError:
         code=code,
         type_="service_unavailable_error",
         headers={"Retry-After": str(retry_after)},
+    )
+
+
+def crashes_engines(model: str, digest: str, crashes: int, seconds: float) -> ApiError:
+    """400: the request was in flight at several crashes of engines, so it is not sent to another."""
+    return ApiError(
+        HTTPStatus.BAD_REQUEST,
+        f"This request to `{model}` was being processed at {crashes} crashes of an engine, so it is refused for"
+        f" {max(1, round(seconds / 60))} min. Change the request, or report {digest[:SHOWN_DIGITS]} to your platform"
+        " team.",
+        code="request_crashes_engine",
+        headers=_NO_RETRY,
     )
 
 

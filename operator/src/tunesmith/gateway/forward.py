@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import aiohttp
 from aiohttp import web
 
+from tunesmith.contracts.crash import DIGEST_HEADER, ENGINE_LOST_HEADER
 from tunesmith.gateway import errors, events
 from tunesmith.gateway.body import socket_pieces
-from tunesmith.gateway.reply import ANSWER_BYTES, EventReply, finish, prepare, write
+from tunesmith.gateway.reply import EventReply, finish, prepare, write
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -42,6 +43,10 @@ class NotStartedError(Exception):
         self.reason = reason
 
 
+class EngineLostError(Exception):
+    """The engine died while it processed the request, and no part of its answer was sent to the client."""
+
+
 class Forwarder:
     """Forwarding of requests to pods and of their answers to clients.
 
@@ -69,11 +74,12 @@ class Forwarder:
         self._clock = clock
         self._closing = closing
 
-    async def forward(self, call: Call, backend: Backend, engine_name: str) -> web.StreamResponse:
-        """Send the request to a pod and its answer to the client.
+    async def forward(self, call: Call, backend: Backend, engine_name: str, digest: str) -> web.StreamResponse:
+        """Send the request with its digest to a pod, and the pod's answer to the client.
 
         Raises:
             NotStartedError: the pod did not accept it.
+            EngineLostError: the connection was lost before any part of the answer was sent to the client.
             ApiError: the pod accepted it and failed.
             ClientDisconnectedError: the client closed its connection.
         """
@@ -83,12 +89,10 @@ class Forwarder:
         upstream: aiohttp.ClientResponse | None = None
         try:
             token = backend.serving_tokens.current
-            upstream = await self._wait_for_head(call, self._post(call, backend, engine_name, token))
+            upstream = await self._wait_for_head(call, self._post(call, backend, engine_name, token, digest))
             if upstream.status == HTTPStatus.UNAUTHORIZED and backend.serving_tokens.refused(token):
                 raise NotStartedError(OTHER_TOKEN)
             await _raise_not_started(upstream)
-            call.body = call.body.without_members()
-            call.share.set_to(ANSWER_BYTES)
             return await self._relay(call, upstream, engine_name)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self._backends.suspect(backend)
@@ -97,6 +101,8 @@ class Forwarder:
             # Only the type: the text could repeat data from the engine.
             LOG.warning("request %s: pod %s: %s", call.request_id, backend.pod.name, type(error).__name__)
             self._backends.suspect(backend)
+            if not call.answered:
+                raise EngineLostError from error
             raise errors.engine_failed(call.model.id) from error
         except events.WrongModelError:
             LOG.error("request %s: pod %s answered as another model", call.request_id, backend.pod.name)  # noqa: TRY400
@@ -109,7 +115,7 @@ class Forwarder:
                 upstream.close()
 
     def _post(
-        self, call: Call, backend: Backend, engine_name: str, token: str
+        self, call: Call, backend: Backend, engine_name: str, token: str, digest: str
     ) -> Coroutine[None, None, aiohttp.ClientResponse]:
         pieces = list(socket_pieces(call.body.pieces(engine_name, call.cache_salt)))
         size = sum(len(piece) for piece in pieces)
@@ -118,6 +124,7 @@ class Forwarder:
             "Content-Type": _JSON,
             "Content-Length": str(size),
             "X-Request-Id": call.request_id,
+            DIGEST_HEADER: digest,
         }
         return self._session.post(
             backend.url(call.request.rel_url.path),
@@ -150,6 +157,8 @@ class Forwarder:
 
     async def _relay(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
         if upstream.status != HTTPStatus.OK:
+            if upstream.headers.get(ENGINE_LOST_HEADER) == "true":
+                raise EngineLostError
             raise await self._engine_error(call, upstream)
         if upstream.content_type == _EVENT_STREAM:
             return await self._relay_stream(call, upstream, engine_name)
@@ -195,6 +204,7 @@ class Forwarder:
         small = len(start) <= events.MAX_HELD_BYTES
         if not events.names_model(start, engine_name, complete=small):
             raise events.WrongModelError
+        call.begin_answer()
         self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
         headers = {"Content-Type": _JSON, "X-Request-Id": call.request_id}
         if small:
@@ -229,6 +239,8 @@ class Forwarder:
         first = True
         while chunk := await self._next_chunk(call, reply, upstream):
             ready = stream.feed(chunk)
+            if first and stream.named:
+                call.begin_answer()
             await reply.write(ready)
             reply.between_events = stream.between_events
             if first and stream.named:

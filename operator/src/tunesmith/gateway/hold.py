@@ -52,7 +52,6 @@ class RequestHold:
             ApiError: the model cannot be called, no pod holds it in time, or too many calls wait.
             ClientDisconnectedError: the client closed its connection.
         """
-        deadline = call.arrived + self._limits.hold_seconds
         while True:
             changed = self._backends.changed.next()
             chosen = self._pick(call, refused)
@@ -63,12 +62,25 @@ class RequestHold:
                 raise errors.model_not_found(model.engine_names[0])
             if model.not_ready is not None:
                 raise errors.model_not_ready(model.id, model.not_ready)
-            remaining = deadline - self._clock()
+            hold_seconds = self._hold_seconds(call)
+            remaining = call.arrived + hold_seconds - self._clock()
             if remaining <= 0:
-                raise errors.no_pod_ready(model.id, self._limits.hold_seconds)
+                raise errors.no_pod_ready(model.id, hold_seconds)
             await self._wait(call, changed, min(remaining, _RETRY_PAUSE_SECONDS) if refused else remaining)
             refused.clear()
             call.model = self._catalog.resolve(call.body.model, call.key)
+
+    def finds_pod(self, call: Call) -> bool:
+        """Return True if a call could be sent to a pod now."""
+        return self._pick(call, set()) is not None
+
+    def _hold_seconds(self, call: Call) -> float:
+        """Return the time for which a call may wait: longer if an engine of its pool may be starting."""
+        pool = call.model.pool
+        if pool is None or not self._backends.has_pods(pool):
+            return self._limits.hold_seconds
+        seconds = self._catalog.hold_seconds(pool)
+        return self._limits.hold_seconds if seconds is None else seconds
 
     def _pick(self, call: Call, refused: set[str]) -> tuple[Backend, str] | None:
         model = call.model
@@ -76,7 +88,11 @@ class RequestHold:
             return None
         for engine_name in model.engine_names:
             backend = self._backends.pick(
-                model.pool, engine_name, is_base=model.is_base, excluded=refused, weight=call.body.sequences
+                model.pool,
+                engine_name,
+                is_base=model.is_base,
+                excluded=refused | {call.lost_on},
+                weight=call.body.sequences,
             )
             if backend is not None:
                 return backend, engine_name

@@ -32,7 +32,8 @@ class Limits(BaseModel):
         Field(ge=0, allow_inf_nan=False),
         ChartValue("gateway.holdSeconds", narrower={"type": "integer", "maximum": 3600}),
     ] = 10
-    """Seconds that a request waits for a pod that holds its model."""
+    """Seconds that a request waits for a pod that holds its model, if its pool has no pods, or neither
+    spec.holdSeconds nor a measured start time."""
     max_held_requests: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxHeldRequests")] = 1024
     """Number of requests that may wait for a pod at once."""
     max_body_bytes: Annotated[

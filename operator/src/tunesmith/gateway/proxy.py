@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from tunesmith.contracts.crash import request_digest
 from tunesmith.gateway import errors
 from tunesmith.gateway.broadcast import wait_for_event
 from tunesmith.gateway.budget import Budget
 from tunesmith.gateway.connections import error_response
 from tunesmith.gateway.faults import describe_error
-from tunesmith.gateway.forward import OTHER_TOKEN, Forwarder, NotStartedError
+from tunesmith.gateway.forward import OTHER_TOKEN, EngineLostError, Forwarder, NotStartedError
 from tunesmith.gateway.hold import RequestHold
 from tunesmith.gateway.models import models_body, names_models
 from tunesmith.gateway.reply import ANSWER_BYTES, ClientDisconnectedError, write_large
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 
     from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.apikey import ApiKey
-    from tunesmith.gateway.backends import BackendTable
+    from tunesmith.gateway.backends import Backend, BackendTable
     from tunesmith.gateway.catalog import Catalog
+    from tunesmith.gateway.crashes import CrashTable
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
@@ -82,6 +84,7 @@ class Proxy:
         keys: KeyTable,
         catalog: Catalog,
         backends: BackendTable,
+        crashes: CrashTable,
         demand: Demand,
         metrics: Metrics,
         limits: Limits,
@@ -90,6 +93,7 @@ class Proxy:
         not_ready: Callable[[], str | None],
     ) -> None:
         self._catalog = catalog
+        self._crashes = crashes
         self._metrics = metrics
         self._limits = limits
         self._clock = clock
@@ -198,18 +202,39 @@ class Proxy:
         raise errors.unknown_url(request.method, path)
 
     async def _generate(self, call: Call) -> web.StreamResponse:
-        """Hold and forward a call until a pod starts it."""
+        """Hold and forward a call until a pod starts it, or a second one if the engine of the first one dies."""
         refused: set[str] = set()
         while True:
             backend, engine_name = await self._hold.wait_for_pod(call, refused)
+            digest, crashed_before = self._check_crashes(call, backend, engine_name)
             try:
-                return await self._forwarder.forward(call, backend, engine_name)
+                return await self._forwarder.forward(call, backend, engine_name, digest)
             except NotStartedError as not_started:
                 call.started = False
                 self._metrics.not_started(not_started.reason)
                 LOG.info("request %s: pod %s: %s", call.request_id, backend.pod.name, not_started.reason)
                 if not_started.reason != OTHER_TOKEN:
                     refused.add(backend.pod.uid)
+            except EngineLostError:
+                was_sent_twice, call.lost_on = bool(call.lost_on), backend.pod.uid
+                if was_sent_twice or crashed_before or not self._hold.finds_pod(call):
+                    raise errors.engine_failed(call.model.id) from None
+                self._metrics.not_started("engine_lost")
+                LOG.info("request %s: the engine of pod %s died", call.request_id, backend.pod.name)
+
+    def _check_crashes(self, call: Call, backend: Backend, engine_name: str) -> tuple[str, bool]:
+        """Return the digest of a call, and True if it was in flight when an engine of the pool crashed.
+
+        Raises:
+            ApiError: it was in flight at several crashes, and is refused for some time.
+        """
+        body = call.body.pieces(engine_name, call.cache_salt)
+        digest = request_digest(call.cache_salt, call.request.rel_url.path, engine_name, body)
+        suspect = self._crashes.find(backend.pod.pool.uid, digest)
+        if suspect is not None and suspect.is_refused:
+            seconds = self._crashes.seconds_until_accepted(suspect)
+            raise errors.crashes_engines(call.model.id, digest, suspect.crashes, seconds)
+        return digest, suspect is not None
 
     async def _models(self, request: web.BaseRequest, key: ApiKey) -> web.StreamResponse:
         if not self._synced():

@@ -40,10 +40,12 @@ class Call:
     """A request to a model.
 
     Attributes:
-        body: the parsed body; its bytes are released once a pod has accepted the request.
+        body: the parsed body; its bytes are released once a pod's answer has begun.
         share: its bytes in the budget.
         events: the stream to the client, if it requested one.
         started: True while a pod may process it.
+        answered: True once a part of a pod's answer was sent to the client.
+        lost_on: UID of the pod whose engine died while it processed the request; it is sent to another pod once.
     """
 
     request: web.BaseRequest
@@ -56,6 +58,14 @@ class Call:
     events: EventReply | None
     arrived: float
     started: bool = False
+    answered: bool = False
+    lost_on: str = ""
+
+    def begin_answer(self) -> None:
+        """Record that the client gets a pod's answer from now on, and release the bytes of the body."""
+        self.answered = True
+        self.body = self.body.without_members()
+        self.share.set_to(ANSWER_BYTES)
 
 
 class RequestReader:

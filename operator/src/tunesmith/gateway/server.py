@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
@@ -13,6 +14,7 @@ from aiohttp import web
 from tunesmith.gateway.backends import BackendTable
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.connections import ClientServer
+from tunesmith.gateway.crashes import CrashTable
 from tunesmith.gateway.demand import Demand
 from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.internal import internal_app
@@ -71,9 +73,11 @@ class Gateway:
         self.keys = KeyTable()
         self.catalog = Catalog(settings.shared_namespaces)
         self.metrics = Metrics(self.demand, self.catalog.exists)
+        self.crashes = CrashTable(time.time)
         self.backends = BackendTable(
             self._session,
             gateway_keys,
+            self.crashes,
             clock=loop.time,
             engine_port=settings.engine_port,
             agent_port=settings.agent_port,
@@ -92,6 +96,7 @@ class Gateway:
             keys=self.keys,
             catalog=self.catalog,
             backends=self.backends,
+            crashes=self.crashes,
             demand=self.demand,
             metrics=self.metrics,
             limits=settings,

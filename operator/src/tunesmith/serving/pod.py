@@ -15,6 +15,7 @@ from tunesmith.contracts.agent import AGENT_PORT, ResidencyState
 from tunesmith.contracts.report import parse_report
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.waiting import CONFIGURATION_REASONS, IMAGE_PULL_REASONS
+from tunesmith.serving.crashes import crash_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -200,6 +201,8 @@ def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
     if pod.is_reporting and pod.state is not None and (pod.state.problem or pod.state.stalled):
         message = pod.state.problem or pod.state.stalled
         return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(message, MAX_PROBLEM_LENGTH))
+    if pod.is_reporting and pod.state is not None and (crash := crash_problem(pod.state, now)):
+        return Problem(ServingPoolReason.ENGINE_FAILED, one_line(crash, MAX_PROBLEM_LENGTH))
     if _silent_for(pod, now) >= _SILENT_AGENT_SECONDS:
         return _unreachable(pod)
     restarts = pod.restarts

@@ -17,6 +17,7 @@ from tunesmith.contracts.agent import DesiredAdapter, PodUse, ResidencyState
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
 from tunesmith.serving.adapter import desired_copies
+from tunesmith.serving.crashes import crash_status
 from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, is_evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
@@ -364,6 +365,7 @@ def _status(
         pods=[_usage(pod) for pod in sorted(living, key=lambda pod: pod.name)[:MAX_LISTED_PODS]],
         selector=selector_text(pool),
         rollback=observation.rollback,
+        **crash_status(old, living, now),
     )
 
 

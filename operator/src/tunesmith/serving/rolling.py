@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Manifest = dict[str, Any]
 _SPEC_ANNOTATION = "tunesmith.dev/template-spec"
 _CAUSE_ANNOTATION = "tunesmith.dev/template-cause"
-FIELDS_WITHOUT_EFFECT = {"replicas", "autoscaling", "allowed_namespaces", "rolling_update"}
+FIELDS_WITHOUT_EFFECT = {"replicas", "autoscaling", "allowed_namespaces", "rolling_update", "hold_seconds"}
 """Fields of a pool's spec that do not affect its pods."""
 _SURGE_SCHEDULING_TIMEOUT = timedelta(seconds=60)
 """Time after which a surge pod that cannot be scheduled is abandoned."""

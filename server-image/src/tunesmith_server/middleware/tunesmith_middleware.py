@@ -22,6 +22,7 @@ import hmac
 import importlib.metadata
 import json
 import os
+import re
 import secrets
 import sys
 import time
@@ -182,8 +183,8 @@ class Middleware:
     Its own routes, for the agent: `GET /tunesmith/state` returns `{"bootId", "supervisor", "startedAt", "draining",
     "inFlight": {model: requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "adapters": …}`,
     see tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after `POST /tunesmith/drain`
-    new work is refused; `POST /tunesmith/restart` with `{"reason", "hung"}` exits the process, and the supervisor starts
-    another. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while
+    new work is refused; `POST /tunesmith/restart` with `{"reason", "hung"}` exits the process, and its supervisor
+    starts another. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while
     draining is 503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry such a
     request on another pod. An error because the engine died has the header `x-tunesmith-engine-lost: true`.
 

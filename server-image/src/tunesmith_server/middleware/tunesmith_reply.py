@@ -41,7 +41,7 @@ class Reply:
         self._is_dead = is_dead
         self._ok = False
         self._rest = b""
-        self._stream = False
+        self._stream = self._began = False
         self._hide_final = self._hide_others = False
         self._prompt = self._completion = 0
         self._choices: dict[bytes, int] = {}
@@ -51,7 +51,12 @@ class Reply:
         self._stream, self._hide_final, self._hide_others = True, final, others
 
     async def send(self, message: Message) -> None:
-        """Forward a message of the application."""
+        """Forward a message of the application.
+
+        Raises:
+            ConnectionAbortedError: the engine died before the stream's first event. Its error is not forwarded: the
+                closed connection shows that the request may be sent to another pod.
+        """
         if message["type"] == "http.response.start":
             self._ok = 200 <= message["status"] < 300  # noqa: PLR2004 - HTTP success
             if self._ok:
@@ -62,6 +67,10 @@ class Reply:
                     message = {**message, "headers": [*message.get("headers", ()), _LOST_HEADER]}
         elif message["type"] == "http.response.body" and self._ok:
             body = message.get("body", b"")
+            if self._stream and not self._began:
+                if self._is_dead():
+                    raise ConnectionAbortedError("the engine died")
+                self._began = bool(body)
             if self._stream:
                 body = self._events(body, last=not message.get("more_body", False))
                 message = {**message, "body": body}

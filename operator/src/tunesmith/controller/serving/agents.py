@@ -88,7 +88,7 @@ class AgentLink:
         return now - self.last_report_at <= STALE_AFTER_SECONDS
 
     def record_state(self, state: PodState, now: float) -> bool:
-        """Store the state after a line; return True if it affects the placement of adapters."""
+        """Store the state after a line; return True if it affects the placement of adapters or the crashes."""
         affects_placement = (
             not self.is_reporting(now) or self.state is None or _placement(state) != _placement(self.state)
         )
@@ -137,7 +137,14 @@ def _confirmed(sent: _Sent) -> _Sent:
 
 
 def _placement(state: PodState) -> tuple[object, ...]:
-    return state.engine_ready, state.draining, state.problem, state.base_model_fingerprint, state.adapters
+    return (
+        state.engine_ready,
+        state.engine_crashes,
+        state.draining,
+        state.problem,
+        state.base_model_fingerprint,
+        state.adapters,
+    )
 
 
 class AgentLinks:

@@ -31,6 +31,7 @@ from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import MODEL
 from tunesmith.serving.adapter import needs_room
+from tunesmith.serving.crashes import crash_events
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementCache, PoolObservation, PoolPlan, plan, refusal_of_pods
 from tunesmith.serving.poolview import PoolView
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from tunesmith.cluster.resources import Object
     from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.refusal import Refusal
+    from tunesmith.contracts.transitions import NewEvent
     from tunesmith.controller.serving.state import ServingState
     from tunesmith.serving.pod import PoolPod
     from tunesmith.serving.rolling import Rollout
@@ -146,9 +148,7 @@ class ServingPoolReconciler:
             pool_plan = plan(pool, replace(observation, refusal=refused), self._context.now(), cache)
         self._wake_adapters(pool, observation, pool_plan, attached)
         if not self._differs_in_requests_only(pool, pool_plan.status):
-            await self._state.statuses.write(
-                manifest, pool_plan.status, events=partial(scale_events, "pods", pool.status.desired_replicas)
-            )
+            await self._state.statuses.write(manifest, pool_plan.status, events=partial(_events, pool.status))
             self._written[pool.metadata.uid] = time.monotonic()
         return Result(_TICK_SECONDS, rest if rest > _MIN_REST_SECONDS else 0.0)
 
@@ -323,6 +323,10 @@ class ServingPoolReconciler:
         for name in changed:
             for item in self._context.caches["AdapterDeployment"].find(MODEL, name.partition("@")[0]):
                 self._context.queue.add(key_of(item))
+
+
+def _events(before: ServingPoolStatus, after: ServingPoolStatus) -> list[NewEvent]:
+    return [*scale_events("pods", before.desired_replicas, after), *crash_events(before, after)]
 
 
 def _without_requests(status: ServingPoolStatus) -> ServingPoolStatus:
