@@ -184,9 +184,9 @@ class Middleware:
     "inFlight": {model: requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "adapters": …}`,
     see tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after `POST /tunesmith/drain`
     new work is refused; `POST /tunesmith/restart` with `{"reason", "hung"}` exits the process, and its supervisor
-    starts another. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while
-    draining is 503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry such a
-    request on another pod. An error because the engine died has the header `x-tunesmith-engine-lost: true`.
+    starts another. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal
+    while draining is 503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry
+    such a request on another pod. An error because the engine died has the header `x-tunesmith-engine-lost: true`.
 
     A client's request with the header `x-tunesmith-digest` is in the journal while the engine processes it, and stays
     in it if the engine died meanwhile.
