@@ -22,6 +22,7 @@ from tests.trainer import quantized_bases
 from tests.trainer.pods import Pods, assert_equal, pods
 from tests.trainer.trainer_rig import chat_rows, write_rows
 from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob_status import ContinuedFrom
 from tunesmith_trainer.base_model.sharding import use_full_optimizer_states
 
 if TYPE_CHECKING:
@@ -171,11 +172,44 @@ def test_a_stopped_run_resumes_to_the_identical_result(tmp_path: Path, base_mode
     assert stopped.wait() == [143, 143], [stopped.log(0), stopped.log(1)]
     stopped.finish()
     assert stopped.result(0).resumed_from_step
-    assert stopped.curve() == through.curve()
-    expected = through.weights()
-    assert {name: torch.equal(tensor, expected[name]) for name, tensor in stopped.weights().items()} == dict.fromkeys(
-        expected, True
+    assert_identical(stopped, through)
+
+
+def assert_identical(run: Pods, expected: Pods) -> None:
+    assert run.curve() == expected.curve()
+    weights = expected.weights()
+    assert {name: torch.equal(tensor, weights[name]) for name, tensor in run.weights().items()} == dict.fromkeys(
+        weights, True
     )
+
+
+def test_ranks_with_sharded_weights_continue_from_an_adapter(tmp_path: Path, base_model: Path) -> None:
+    """The parity check of the start, dropout, the best step and a kill of one rank, with one process as reference."""
+    first = pods(tmp_path / "first", base_model, 1, hyperparameters=FEW)
+    first.finish()
+    job = {
+        "continueFrom": {"artifact": {"uri": f"file://{first.output}/artifact"}},
+        "hyperparameters": FEW | {"maxSteps": 8},
+        "checkpoint": {"everySteps": 1},
+        "evaluation": {"everySteps": 1, "publish": "Best", "earlyStopping": {"patience": 6}},
+        "rows": chat_rows(60)[40:],
+    }
+    one = pods(tmp_path / "one", base_model, 1, **job)
+    through, killed = (sharded(tmp_path / kind, base_model, **job) for kind in ("through", "killed"))
+    one.finish()
+    through.finish()
+    killed.start()
+    killed.interrupt((1,), signal.SIGKILL, step=3, seconds=0.1)
+    assert killed.wait() == [3, -signal.SIGKILL], [killed.log(0), killed.log(1)]
+    killed.finish()
+    assert killed.result(0).resumed_from_step
+    assert killed.result(0).evaluation == through.result(0).evaluation
+    assert_identical(killed, through)
+    assert_equal(through, one)
+    lineage = [run.result(0).resolved for run in (one, through)]
+    assert [resolved.continued_from for resolved in lineage if resolved is not None] == 2 * [
+        ContinuedFrom(uri=f"file://{first.output}/artifact", digest=first.result(0).artifact.digest)
+    ]
 
 
 def without_a_compiler_at_the_second(arguments: list[str], environment: dict[str, str], log: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.trainer.test_resume import EVERY, Run, same
+from tests.trainer.test_resume import KILLS, Run, same
 from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, job_manifest, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import digest_of, parse_manifest
@@ -204,21 +205,50 @@ def test_methods_continue(bench: Workbench, tmp_path: Path, base_model: Path, me
     assert shapes[0] == shapes[1]
 
 
-def test_a_killed_run_resumes_with_the_same_result(tmp_path: Path, first: Path, base_model: Path) -> None:
-    rows = write_rows(tmp_path / "more.jsonl", MORE)
-    hyper = {"maxSteps": 12, "batchSize": 8, "microBatchSize": 1, "learningRate": 0.01}
+STEPS = 12
+
+
+def continuing(folder: Path, artifact: Path, base_model: Path) -> Run:
+    """Return a job that continues an adapter, publishes its best step and stops early; a held-out loss per step."""
+    folder.mkdir()
+    rows = write_rows(folder / "more.jsonl", MORE)
+    others = [chat_row(f"Who lives behind door {number}?", "It is red, as in Hollow.") for number in range(6)]
+    held_out = write_rows(folder / "held-out.jsonl", others)
     job = job_manifest(
         f"file://{base_model}",
         f"file://{rows}",
-        hyperparameters=hyper,
-        checkpoint={"everySteps": EVERY},
-        continueFrom=source(first),
+        method={"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
+        hyperparameters={"maxSteps": STEPS, "batchSize": 8, "microBatchSize": 1, "learningRate": 0.02},
+        checkpoint={"everySteps": 2},
+        continueFrom=source(artifact),
+        evaluation={"everySteps": 1, "publish": "Best", "earlyStopping": {"patience": 3}},
     )
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    whole, killed = (Run(tmp_path / name, tmp_path / "job.yaml") for name in ("whole", "killed"))
-    for run in (whole, killed):
-        run.folder.mkdir()
-    whole.finish()
-    killed.interrupt(signal.SIGKILL, EVERY + 2, 0.0)
-    assert "resumed from the checkpoint of step" in killed.finish()
+    job["spec"]["dataset"]["validation"] = [{"uri": f"file://{held_out}"}]
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    return Run(folder, folder / "job.yaml")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, first: Path, base_model: Path) -> Run:
+    """Return such a job that was never interrupted."""
+    run = continuing(tmp_path_factory.mktemp("continued") / "whole", first, base_model)
+    run.finish()
+    return run
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_a_killed_run_resumes_with_the_same_result(tmp_path: Path, whole: Run, seed: int) -> None:
+    expected = whole.result().evaluation
+    assert expected is not None
+    assert (expected.published_step or 0) < (expected.stopped_early_at or 0) < STEPS
+    chance = random.Random(seed)  # noqa: S311 - reproducible on purpose
+    killed = Run(tmp_path, whole.manifest)
+    # Before the best step is known, between it and the stop, or while the best weights are loaded and packaged.
+    steps = sorted(chance.sample(range(1, (expected.stopped_early_at or 0) + 1), 2))
+    for step in steps:
+        killed.interrupt(signal.SIGKILL, step, chance.random() * 0.2)
+    again = killed.finish()
+    if killed.result().evaluation is not None:  # otherwise the last signal came after the end
+        assert "resumed from the checkpoint of step" in again
+        assert killed.result().evaluation == expected
     same(killed, whole)
