@@ -108,7 +108,13 @@ def wide(bench: Workbench, tmp_path: Path) -> Workbench:
     [
         (8, 16, "it fits with method.qlora instead of lora (about 4.5 GiB)"),
         (20, 512, "it fits with method.lora.rank: 128 (about 17.6 GiB)"),
-        (3, 16, "no change of this job makes it fit: it needs a GPU with about 4.2 GiB, or a smaller base model"),
+        (
+            4,
+            16,
+            "it fits with resources.gpus: 2, resources.dataParallelism: FSDP2 and method.qlora instead of lora "
+            "(about 3.2 GiB on each GPU)",
+        ),
+        (2, 16, "no change of this job makes it fit: it needs a GPU with about 4.2 GiB, or a smaller base model"),
     ],
 )
 def test_a_job_that_cannot_fit_is_refused_with_the_change_that_fits(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tunesmith.api.dataset import Overlong
 from tunesmith.api.finetunejob_status import PeakParts, Verdict
-from tunesmith.api.hyperparameters import Optimizer, Precision
+from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Optimizer, Precision
 from tunesmith.api.methods.lora import INITIALIZATIONS, LoraFields
 from tunesmith.api.placement import DataParallelism
 from tunesmith_trainer.preflight.fitting import RunSettings, changes, decide, options
@@ -38,6 +39,7 @@ _OPTIMIZER_BYTES = {
 """Bytes of optimizer state per trained parameter; Adafactor's sums of rows and columns are negligible."""
 _WIDTHS = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_GPUS_OF_A_NODE = (2, 4, 8)
 _KEPT_SHARE = 0.5
 """Minimum share of rows to keep: a shorter maxLength that keeps fewer is not worth proposing."""
 
@@ -268,13 +270,6 @@ def suggest(
     shardable: bool,
 ) -> str:
     """Describe the cheapest change that fits according to the same estimate, in one sentence."""
-
-    def fits(trial: RunSettings) -> bool:
-        if trial.full and trial.quantized:
-            return False  # weights in 4 bits cannot be trained
-        enough = sized.shortened or sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
-        return (enough or trial.max_length == run.max_length) and sized.peak(trial) <= gpu_memory
-
     possible = options(
         run,
         sizes,
@@ -284,23 +279,50 @@ def suggest(
     )
     if spec.dataset.overlong is Overlong.ERROR:
         possible["max_length"] = []
-    found = changes(run, possible, fits)
-    if found is None:
-        strongest = replace(run, **{name: values[-1] for name, values in possible.items() if values})
-        smallest = min(sized.peak(strongest), sized.peak(replace(strongest, max_length=run.max_length)))
-        return (
-            f"no change of this job makes it fit: it needs a GPU with about {gibibytes(smallest)}, or a smaller base"
-            " model"
+    batch = spec.hyperparameters.batch_size or DEFAULT_BATCH_SIZE
+    found = changes(run, possible, partial(_fits, sized, run, batch, gpu_memory))
+    if found is not None:
+        return f"it fits with {_listed(sized, spec, run, found)} (about {gibibytes(sized.peak(replace(run, **found)))})"
+    for gpus in _GPUS_OF_A_NODE if spec.shardable else ():
+        wider = replace(sized, ranks=gpus * spec.resources.nodes)
+        if not sized.ranks < wider.ranks <= batch:
+            continue
+        others = options(
+            run, [1, *sizes], checkpointing=can_recompute(spec), sharding=True, quantization=_can_quantize(spec)
         )
-    changed = replace(run, **found)
-    dropped = 0 if sized.shortened else len(sized.lengths) - sized.kept(changed)
-    if "quantized" in found:
-        found.pop("full", None)  # implied by method.qlora
+        found = changes(run, others | {"rank": [], "max_length": []}, partial(_fits, wider, run, batch, gpu_memory))
+        if found is not None:
+            changed = _listed(wider, spec, run, found, f"resources.gpus: {gpus}")
+            return f"it fits with {changed} (about {gibibytes(wider.peak(replace(run, **found)))} on each GPU)"
+    strongest = replace(run, **{name: values[-1] for name, values in possible.items() if values})
+    smallest = min(sized.peak(strongest), sized.peak(replace(strongest, max_length=run.max_length)))
+    return (
+        f"no change of this job makes it fit: it needs a GPU with about {gibibytes(smallest)}, or a smaller base model"
+    )
+
+
+def _fits(sized: Sizing, run: RunSettings, batch: int, gpu_memory: int, trial: RunSettings) -> bool:
+    """Return True if a run with other settings fits, keeps enough rows, and has a micro-batch for each rank."""
+    if trial.micro_batch_size * sized.ranks > batch:
+        return False
+    if trial.full and trial.quantized:
+        return False  # weights in 4 bits cannot be trained
+    enough = sized.shortened or sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
+    return (enough or trial.max_length == run.max_length) and sized.peak(trial) <= gpu_memory
+
+
+def _listed(sized: Sizing, spec: FineTuneJobSpec, run: RunSettings, found: Mapping[str, Any], *first: str) -> str:
+    """List the changed fields with their values, after others."""
+    dropped = 0 if sized.shortened else len(sized.lengths) - sized.kept(replace(run, **found))
     descriptions = [
-        _describe(name, value, spec.method.name, dropped, len(sized.lengths)) for name, value in found.items()
+        *first,
+        *(
+            _describe(name, value, spec.method.name, dropped, len(sized.lengths))
+            for name, value in found.items()
+            if name != "full" or "quantized" not in found  # implied by method.qlora
+        ),
     ]
-    listed = " and ".join([", ".join(descriptions[:-1]), descriptions[-1]] if len(descriptions) > 1 else descriptions)
-    return f"it fits with {listed} (about {gibibytes(sized.peak(changed))})"
+    return " and ".join([", ".join(descriptions[:-1]), descriptions[-1]] if len(descriptions) > 1 else descriptions)
 
 
 def _describe(name: str, value: int, method: str, dropped: int, rows: int) -> str:
