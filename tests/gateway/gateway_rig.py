@@ -14,6 +14,7 @@ from aiohttp import web
 from tunesmith.cluster.watch import WatchEvent
 from tunesmith.contracts.agent import (
     PodState,
+    PodUse,
     Residency,
     ResidencyState,
     accepts,
@@ -111,6 +112,7 @@ class FakePod:
         self.engine_ready = True
         self.draining = False
         self.stalled = ""
+        self.use = PodUse()
         self.ready = True
         self.seen: list[dict[str, Any]] = []
         self.digests: list[str] = []
@@ -203,6 +205,7 @@ class FakePod:
                 draining=self.draining,
                 stalled=self.stalled,
                 crashes=list(self.crashes),
+                use=self.use,
                 adapters=[
                     Residency(engine_name=name, digest=digest("a"), state=ResidencyState.RESIDENT)
                     for name in sorted(names)
