@@ -111,8 +111,10 @@ def wide(bench: Workbench, tmp_path: Path) -> Workbench:
         (
             4,
             16,
-            "it fits with resources.gpus: 2, resources.dataParallelism: FSDP2 and method.qlora instead of lora "
-            "(about 3.2 GiB on each GPU)",
+            (
+                "it fits with resources.gpus: 2, resources.dataParallelism: FSDP2 and method.qlora instead of lora "
+                "(about 3.2 GiB on each GPU)"
+            ),
         ),
         (2, 16, "no change of this job makes it fit: it needs a GPU with about 4.2 GiB, or a smaller base model"),
     ],
