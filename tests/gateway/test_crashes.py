@@ -153,6 +153,18 @@ async def test_a_request_that_was_in_flight_at_two_crashes_is_refused(patient: R
     assert (await patient.chat("pirate", temperature=0.6))[0] == 200  # another request
 
 
+async def test_a_refused_request_does_not_wait_for_a_pod(patient: Rig) -> None:
+    pods = await pair(patient)
+    await patient.chat("pirate")
+    await refused_after_two_crashes(patient, *pods)
+    for pod in pods:
+        pod.engine_ready = False
+        await pod.notify()
+        await eventually(lambda pod=pod: not patient.gateway.backends._by_uid[pod.uid].serving, "it is down")
+    status, answer = await patient.chat("pirate")
+    assert (status, answer["error"]["code"]) == (400, "request_crashes_engine")
+
+
 async def test_the_same_body_of_another_tenant_is_not_refused(patient: Rig) -> None:
     pods = await pair(patient)
     patient.pool = pools = pool_manifest()

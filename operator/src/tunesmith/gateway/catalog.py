@@ -200,6 +200,11 @@ class Catalog:
                 name = f"{pod.namespace}/{pod.name}"
                 yield Pod(uid=pod.uid, name=name, address=pod.address, pool=pool, ready=pod.ready)
 
+    def pool_uid(self, key: PoolKey | None) -> str | None:
+        """Return the UID of a pool; None if it does not exist."""
+        pool = None if key is None else self._pools.get(key)
+        return None if pool is None else pool.uid
+
     def hold_seconds(self, key: PoolKey) -> float | None:
         """Return the time for which a request may wait for a pod of a pool; None if it is not known."""
         return self._hold_seconds.get(key)

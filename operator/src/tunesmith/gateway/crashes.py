@@ -33,6 +33,10 @@ class CrashTable:
             del self._ledgers[uid]
         self._ledgers.setdefault(pool_uid, CrashLedger()).record(crash, now)
 
+    def has_suspects(self, pool_uid: str) -> bool:
+        """Return True if requests were in flight at recent crashes of the pool."""
+        return pool_uid in self._ledgers
+
     def find(self, pool_uid: str, digest: str) -> SuspectRequest | None:
         """Return the crashes of the pool during which a request was in flight; None if there are none."""
         ledger = self._ledgers.get(pool_uid)

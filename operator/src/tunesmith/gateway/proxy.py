@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.apikey import ApiKey
-    from tunesmith.gateway.backends import Backend, BackendTable
+    from tunesmith.gateway.backends import BackendTable
     from tunesmith.gateway.catalog import Catalog
     from tunesmith.gateway.crashes import CrashTable
     from tunesmith.gateway.demand import Demand
@@ -204,9 +204,12 @@ class Proxy:
     async def _generate(self, call: Call) -> web.StreamResponse:
         """Hold and forward a call until a pod starts it, or a second one if the engine of the first one dies."""
         refused: set[str] = set()
+        pool_uid = self._catalog.pool_uid(call.model.pool)
+        if pool_uid is not None and call.model.engine_names and self._crashes.has_suspects(pool_uid):
+            self._check_crashes(call, pool_uid, call.model.engine_names[0])  # a refused request does not wait for a pod
         while True:
             backend, engine_name = await self._hold.wait_for_pod(call, refused)
-            digest, crashed_before = self._check_crashes(call, backend, engine_name)
+            digest, crashed_before = self._check_crashes(call, backend.pod.pool.uid, engine_name)
             try:
                 return await self._forwarder.forward(call, backend, engine_name, digest)
             except NotStartedError as not_started:
@@ -222,7 +225,7 @@ class Proxy:
                 self._metrics.not_started("engine_lost")
                 LOG.info("request %s: the engine of pod %s died", call.request_id, backend.pod.name)
 
-    def _check_crashes(self, call: Call, backend: Backend, engine_name: str) -> tuple[str, bool]:
+    def _check_crashes(self, call: Call, pool_uid: str, engine_name: str) -> tuple[str, bool]:
         """Return the digest of a call, and True if it was in flight when an engine of the pool crashed.
 
         Raises:
@@ -230,7 +233,7 @@ class Proxy:
         """
         body = call.body.pieces(engine_name, call.cache_salt)
         digest = request_digest(call.cache_salt, call.request.rel_url.path, engine_name, body)
-        suspect = self._crashes.find(backend.pod.pool.uid, digest)
+        suspect = self._crashes.find(pool_uid, digest)
         if suspect is not None and suspect.is_refused:
             seconds = self._crashes.seconds_until_accepted(suspect)
             raise errors.crashes_engines(call.model.id, digest, suspect.crashes, seconds)
