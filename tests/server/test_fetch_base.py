@@ -316,6 +316,21 @@ def test_a_base_model_that_exceeds_its_volume_is_refused_before_its_download(
     assert not (tmp_path / "base").exists()
 
 
+def test_a_base_model_that_the_gpus_cannot_divide_is_refused_before_its_download(
+    uri: str, store: S3Server, tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3}
+    store.files.pipe_file(f"{uri}/config.json", json.dumps(config).encode())
+    done = fetch(uri, tmp_path / "base", store.secret, "--gpus", "2")
+    assert done.returncode == 2
+    assert (
+        "has 9 attention heads, 3 KV heads, which cannot be divided among 2 GPUs: set resources.gpus to one of 1, 3, 9."
+        in (done.stderr)
+    )
+    assert not list(tmp_path.glob("tunesmith-models/*/*/*"))
+    assert fetch(uri, tmp_path / "base", store.secret, "--gpus", "3").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("removed", "sentence"),
     [

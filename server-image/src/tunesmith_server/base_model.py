@@ -17,6 +17,7 @@ from tunesmith.storage.schemes import BY_NAME, split
 from tunesmith_server.base_download import PARALLEL_FILES, Download, FileRecord, Progress, hash_file
 from tunesmith_server.base_source import BaseFile, BaseSource, open_source
 from tunesmith_server.model_cache import CacheFullError, Manifest, access_key, version_key
+from tunesmith_server.parallel_sizes import config_problem
 from tunesmith_server.safe_folder import SafeFolder
 from tunesmith_server.store import StoreError
 
@@ -33,6 +34,7 @@ LOCK = "lock"
 """Link to the file that users of the model lock, with the suffix of the fingerprint's file."""
 _COPIED = 64 * 2**20
 """Largest file that is copied to the pod, so that it cannot change on a shared volume. Weights are linked."""
+_MAX_CONFIG = 4 * 2**20
 _ROUNDS = 3
 """Highest number of attempts to get files that have their hashes: files on a shared volume may change."""
 
@@ -51,11 +53,13 @@ class BaseModel:
         uri: URI such as s3://bucket/folder or hf://org/name.
         revision: commit, tag or branch of an hf:// model.
         target: folder for the engine; created if missing, and emptied.
+        gpus: number of GPUs that share each layer.
     """
 
     uri: str
     revision: str | None
     target: Path
+    gpus: int = 1
 
 
 def fetch_base(
@@ -146,6 +150,7 @@ def _arrive(arriving: _Arriving, files: list[BaseFile] | None) -> BaseModelArriv
 def _fill(arriving: _Arriving, files: list[BaseFile]) -> int:
     """Download the missing files, record the hashes of all, and return the number of downloaded bytes."""
     uri, cached = arriving.model.uri, arriving.cached
+    _check_sizes(arriving, files)
     size = sum(file.size for file in files)
     try:
         arriving.cache.make_room(arriving.key, size)
@@ -158,6 +163,15 @@ def _fill(arriving: _Arriving, files: list[BaseFile]) -> int:
         raise StoreError(f"{uri} was changed while it was read.", permanent=False)
     cached.complete(Manifest(uri, records))
     return download.received
+
+
+def _check_sizes(arriving: _Arriving, files: list[BaseFile]) -> None:
+    """Check, before anything is downloaded, that the engine can divide the model among its GPUs."""
+    config = next(file for file in files if file.name == "config.json")
+    document = arriving.source.read(config, 0, min(config.size, _MAX_CONFIG))
+    problem = config_problem(document, arriving.model.gpus)
+    if problem is not None:
+        raise BaseModelError(problem)
 
 
 def _complete_manifest(cached: CachedModel, files: list[BaseFile] | None) -> Manifest | None:

@@ -34,6 +34,7 @@ from tunesmith_server.engine import EngineClient
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings
 from tunesmith_server.metrics import Metrics
 from tunesmith_server.model_cache import Limits, ModelCache, lock_in_use
+from tunesmith_server.parallel_sizes import config_problem
 from tunesmith_server.settings import FetchBaseSettings, ServeSettings
 from tunesmith_server.store import StoreError, read_credentials, set_proxies
 
@@ -89,7 +90,7 @@ def _fetch_base(settings: FetchBaseSettings) -> None:
         with guarded({ALLOWED_ADDRESSES: ",".join(settings.allowed_addresses)}):
             credentials = read_credentials(settings.secret)
             set_proxies(credentials)
-            model = BaseModel(settings.uri, settings.revision, target)
+            model = BaseModel(settings.uri, settings.revision, target, settings.gpus)
             fingerprint, arrival = fetch_base(model, credentials, cache)
     except ValueError as error:
         raise SetupError(f"{error}.") from None
@@ -122,6 +123,7 @@ async def serve(settings: ServeSettings) -> None:
     lock_in_use(settings.base_model_lock)
     fingerprint = _fingerprint(settings.base_fingerprint_file, settings.base_model)
     base = _base_weights(settings.base_model)
+    _check_sizes(settings.base_model, settings.gpus)
     limits = PodLimits(settings.store, fingerprint, base, settings.max_lora_rank, settings.max_adapter_ratio)
     metrics = Metrics()
     try:
@@ -205,6 +207,15 @@ def _base_weights(base_model: Path) -> BaseWeights:
             f"The base model's folder {base_model} contains no safetensors files: mount the model into the agent."
         )
     return weights
+
+
+def _check_sizes(base_model: Path, gpus: int) -> None:
+    try:
+        problem = config_problem((base_model / "config.json").read_bytes(), gpus)
+    except OSError as error:
+        raise SetupError(f"The base model at {base_model} cannot be used: {error}.") from None
+    if problem is not None:
+        raise SetupError(problem)
 
 
 def _keys(path: Path, what: str) -> KeyFile:

@@ -62,6 +62,8 @@ class FetchBaseSettings(_StoreReaderSettings):
         Internal("the operator sets it from serving.baseModelStorage or baseModelCache.maxSize"),
     ] = None
     """Highest number of bytes of all models on the volume; absent: its size."""
+    gpus: Annotated[int, Field(ge=1), _POD] = 1
+    """Number of GPUs among which the engine divides the base model."""
     fingerprint_file: Annotated[Path | None, _POD] = None
     """File for the fingerprint; absent: the target's name with the suffix .fingerprint."""
 
@@ -94,6 +96,8 @@ class ServeSettings(_StoreReaderSettings):
     """Folder of adapters, which the engine reads."""
     base_model: Annotated[Path, _POD] = Path("/models/base")
     """Folder of the base model."""
+    gpus: Annotated[int, Field(ge=1), _POD] = 1
+    """Number of GPUs among which the engine divides the base model."""
     base_fingerprint_file: Annotated[Path, _POD] = Path("/models/base.fingerprint")
     """File with the base model's fingerprint; it is computed if the file does not exist."""
     base_model_lock: Annotated[Path, _POD] = Path("/models/base.lock")

@@ -66,11 +66,16 @@ def fetch_arguments(pool: ServingPool, settings: PoolSettings, secret: str) -> l
     arguments = ["fetch-base", "--uri", source.uri, "--target", BASE_FOLDER, "--fingerprint-file", FINGERPRINT_FILE]
     if source.revision is not None:
         arguments += ["--revision", source.revision]
-    arguments += ["--secret", secret]
+    arguments += ["--secret", secret, *gpu_arguments(pool)]
     if cache is None:
         return [*arguments, "--storage", str(_bytes(settings.base_model_storage))]
     limit = [] if cache.max_size is None else ["--storage", str(_bytes(cache.max_size))]
     return [*arguments, "--cache", _CACHE, *limit]
+
+
+def gpu_arguments(pool: ServingPool) -> list[str]:
+    """Return the arguments by which both containers of the agent's image check that the engine can divide the model."""
+    return ["--gpus", str(pool.spec.resources.gpus)] if pool.spec.resources.gpus > 1 else []
 
 
 def _mounted(pool: ServingPool) -> tuple[Manifest, str] | None:
