@@ -1,15 +1,15 @@
 """Runs in vLLM's environment: loads adapters and compares their answers with their parity.json.
 
-Reads `[{"base": folder, "artifacts": {key: folder}, "answers": file}]` and writes to each file, by key,
-`{"difference", "base"}` of adapter and base, `{"error"}` of an adapter that is refused, or `{"failure"}` of an engine
-that does not run.
+Reads `[{"base": folder, "artifacts": {key: folder}, "answers": file, "arguments": of LLM}]` and writes to each file, by
+key, `{"difference", "base"}` of adapter and base, `{"error"}` of an adapter that is refused, or `{"failure"}` of an
+engine that does not run.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -41,16 +41,16 @@ def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None)
 
 def answers_of(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the answer of each artifact."""
+    arguments = {"dtype": "float32", **request["arguments"]}
     engine = LLM(
         model=request["base"],
-        dtype="float32",
         enable_lora=True,
         max_loras=2,
         max_lora_rank=64,
         max_model_len=256,
         kv_cache_memory_bytes=64 * 2**20,
         enforce_eager=True,
-        **request.get("arguments", {}),
+        **arguments,
     )
     answers: dict[str, dict[str, Any]] = {}
     for number, (key, folder) in enumerate(request["artifacts"].items(), 1):
@@ -74,10 +74,10 @@ def probe(request: dict[str, Any]) -> None:
             text = f"the engine exited with status {os.waitstatus_to_exitcode(status)}"
             target.write_text(json.dumps({key: {"failure": text} for key in request["artifacts"]}))
         return
-    signal.alarm(SECONDS)
     with target.with_suffix(".log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     # vLLM would start another process for it, which imports everything again.
     registry._run_in_subprocess = lambda inspect: inspect()
     try:
