@@ -34,7 +34,8 @@ check: environment environment-trainer environment-server ## Format, lint, types
 
 verify-resume: environment-trainer ## Kill training 20 times with SIGKILL and SIGTERM each, and compare with an undisturbed run
 	@$(STEP) --last ' (passed|failed).* in ' "resume after kills" env TUNESMITH_RESUME_KILLS=20 \
-	  $(UV) run --frozen --no-sync --project trainer-image pytest tests/trainer/test_resume.py tests/trainer/test_ranks.py
+	  $(UV) run --frozen --no-sync --project trainer-image pytest \
+	  tests/trainer/test_resume.py tests/trainer/test_start.py tests/trainer/test_ranks.py
 
 verify-methods: environment-trainer environment-server ## Train, reload, merge and serve every method; writes docs/methods.md
 	@$(STEP) --live "methods" $(UV) run --frozen --no-sync --project trainer-image python -m tests.trainer.verify_methods \

@@ -25,7 +25,8 @@ SHOWN = [
     for command in LINE.findall(block)
 ]
 PROGRAMS = {
-    *("aws", "cat", "cp", "curl", "export", "for", "helm", "install", "kubectl", "make", "mkdir", "sed", "tensorboard", "uv"),
+    *("aws", "cat", "cp", "curl", "export", "for", "helm", "install", "jq"),
+    *("kubectl", "make", "mkdir", "sed", "tensorboard", "uv"),
     *("tunesmith", "tunesmith-agent", "tunesmith-gateway", "tunesmith-operator"),
 }
 

@@ -63,6 +63,7 @@ ELSEWHERE = {
     "docs/how-to/metrics.md": "asks running pods",
     "docs/how-to/gpu-memory.md": "needs the trainer: tests/cli/test_estimate.py",
     "docs/how-to/choose-a-method.md": "needs files of other tools: tests/cli/test_import.py",
+    "docs/how-to/convert-data.md": "needs the trainer and files of other tools: tests/trainer/test_data_docs.py",
     "docs/how-to/import.md": "needs files of other tools: tests/cli/test_import.py",
     "docs/how-to/job-does-not-finish.md": "asks pods",
     "docs/how-to/evaluate.md": "asks a job of the reader's own",
