@@ -276,7 +276,7 @@ def test_an_adapter_is_proposed_if_all_weights_do_not_fit(wide: Workbench, gibib
         ({}, "it fits with dataset.maxLength: 256 (drops 1 of 22 rows) (about"),
         ({"overlong": "Truncate"}, "it fits with dataset.maxLength: 256 (about"),
         ({"packing": True}, "it fits with dataset.maxLength: 256 (about"),
-        ({"overlong": "Error"}, "no change of this job makes it fit"),
+        ({"overlong": "Error"}, "it fits with resources.gpus: 2 and resources.dataParallelism: FSDP2 (about"),
     ],
 )
 def test_a_shorter_length_is_proposed_last(wide: Workbench, how: dict[str, Any], suggestion: str) -> None:

@@ -37,7 +37,7 @@ def test_an_endless_template_is_stopped(tmp_path: Path, template: str) -> None:
         "template.limited = lambda what: limited(what, 1.0)",
         "tokenizer = SimpleNamespace(special_tokens_map={}, chat_template=None)",
         f"chat = template.ChatTemplate(tokenizer, {template!r})",
-        "chat.render({'messages': [{'role': 'user', 'content': 'a'}]}, 'a.jsonl line 1')",
+        "chat.texts({'messages': [{'role': 'user', 'content': 'a'}]}, None, 'a.jsonl line 1')",
     )
     result = watched(program(*lines), tmp_path, 300.0)
     assert result.reason == "InvalidSpec"
