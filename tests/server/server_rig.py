@@ -366,8 +366,10 @@ def agent_container(pod: Pod, **options: Any) -> Container:
     return Container([str(program), "serve", *arguments], environment, pod.folder / "agent.log")
 
 
-def engine_container(pod: Pod, **variables: str) -> Container:
+def engine_container(pod: Pod, *first: str, **variables: str) -> Container:
+    """vLLM with its supervisor. `first`: arguments before the others."""
     arguments = [
+        *first,
         *("--served-model-name", BASE_NAME, "--port", str(pod.engine_port)),
         *("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "4", "--max-lora-rank", "16"),
         *("--kv-cache-memory-bytes", str(128 * 2**20), "--max-model-len", "512", "--dtype", "float32"),
