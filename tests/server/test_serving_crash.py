@@ -175,8 +175,10 @@ class GatewayProcess:
         wait_until(lambda: listens(port), f"the gateway listens; see {self.log}", 120)
 
     def stop(self) -> None:
+        assert self._process.stdin is not None
         self._process.kill()
         self._process.wait()
+        self._process.stdin.close()
 
 
 @dataclass

@@ -139,9 +139,9 @@ class AgentApi:
 
     async def _write_events(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
-        await response.prepare(request)
         state, writer = self._agent.state, EventWriter()
         try:
+            await response.prepare(request)
             while True:
                 async with asyncio.timeout(WRITE_SECONDS):
                     await response.write(writer.line(state))

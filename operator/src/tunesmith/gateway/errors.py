@@ -349,8 +349,8 @@ def engine_failed(model: str) -> ApiError:
     """502: the engine accepted the request and failed before its response was complete."""
     return ApiError(
         HTTPStatus.BAD_GATEWAY,
-        f"The pod that answered for `{model}` failed before its answer was complete. The gateway does not repeat the"
-        " request, since it had started; send it again if it is safe to repeat.",
+        f"The pod that answered for `{model}` failed before its answer was complete, and the gateway does not send"
+        " the request to another one. Send it again if it is safe to repeat.",
         code="engine_failed",
         type_="server_error",
         headers=_NO_RETRY,
