@@ -34,6 +34,7 @@ sys.path.insert(0, {folder!r})
 import tunesmith_journal
 print("starting", sys.argv[1:], flush=True)
 state = os.environ["STATE"]
+open(state + "/times", "a").write(os.environ[tunesmith_journal.STARTED_AT] + "\\n")
 open(state + "/starts", "a").write(str(os.getpid()) + "\\n")
 child = subprocess.Popen([sys.executable, "-c", "import os, time; os.setsid(); time.sleep(1000)"])
 open(state + "/children", "a").write(str(child.pid) + "\\n")
@@ -163,6 +164,9 @@ def test_a_killed_engine_is_started_again_at_once_and_reported(supervised: Super
         assert not is_alive(supervised.pids("children")[kills - 1])
     assert supervised.process.poll() is None
     assert len({report.id for report in supervised.reports}) == 5
+    # The agent recognises by the time which engine exited.
+    times = [float(line) for line in (supervised.folder / "times").read_text().splitlines()]
+    assert [report.started_at for report in supervised.reports] == times[:5]
 
 
 def test_the_requests_in_the_engine_are_reported_with_a_share_for_each_tenant(supervised: Supervised) -> None:

@@ -192,9 +192,10 @@ class Supervisor:
 
     def _run_once(self) -> Exit:
         """Start the engine, and return its exit once none of its processes is left."""
-        started, out_of_memory = time.time(), _out_of_memory_kills()
+        # The agent compares it with what the engine reports, which has it from its environment.
+        started, out_of_memory = round(time.time(), 3), _out_of_memory_kills()
         journal, output = _journal(), tunesmith_output.Output()
-        self._start(journal, output)
+        self._start(journal, output, started)
         process = self._process
         assert process is not None  # noqa: S101 - for the type checker
         health = self._health = Health(self._port, self._kill)
@@ -233,10 +234,10 @@ class Supervisor:
             )
         return ended
 
-    def _start(self, journal: int | None, output: tunesmith_output.Output) -> None:
+    def _start(self, journal: int | None, output: tunesmith_output.Output, started: float) -> None:
         environment = {
             **os.environ,
-            tunesmith_journal.STARTED_AT: f"{time.time():.3f}",
+            tunesmith_journal.STARTED_AT: f"{started:.3f}",
             tunesmith_journal.SUPERVISOR: self._id,
         }
         if journal is not None:
