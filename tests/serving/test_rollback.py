@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,15 +26,7 @@ FAILING = Rollout(
     unfinished=True,
     failure="pod new: stopped",
 )
-FAILED = Rollout(
-    "team/small",
-    serves=True,
-    outdated=frozenset({"old"}),
-    cause=Cause.SPEC,
-    unfinished=True,
-    failure="pod new: stopped",
-    has_failed=True,
-)
+FAILED = replace(FAILING, has_failed=True)
 OF_THE_INSTALLATION = Rollout(
     "team/small", serves=True, cause=Cause.INSTALLATION, unfinished=True, failure="pod new: stopped", has_failed=True
 )

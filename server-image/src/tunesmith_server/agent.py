@@ -313,22 +313,23 @@ class Agent:
 
     async def _load(self, adapter: DesiredAdapter) -> None:
         name, started = adapter.engine_name, time.monotonic()
+        folder = str(adapter_folder(self._settings.adapters, adapter.digest))
         try:
-            await self._engine.load(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
+            await self._engine.load(name, folder)
         except LoadRefusedError as error:
             previous = self._failures.get(name)
             permanent = name in self._refused and previous is not None and previous.attempts + 1 >= MAX_LOAD_REFUSALS
             self._fail(adapter, str(error), permanent=permanent)
             self._refused.add(name)
         except EngineSilentError:
-            await self._guard.load_hung(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
+            await self._guard.load_hung(name, folder)
         except EngineLostError as error:
             log.warning("loading %s: %s", name, error)
-            self._guard.load_crashed(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
+            self._guard.load_crashed(name, folder)
         except EngineDownError as error:
             log.warning("loading %s: %s", name, error)
         else:
-            self._guard.load_finished(str(adapter_folder(self._settings.adapters, adapter.digest)))
+            self._guard.load_finished(folder)
             seconds = time.monotonic() - started
             self._loads[name] = Loads(self._loads[name].count + 1 if name in self._loads else 1, round(seconds, 3))
             self._metrics.loaded(seconds)

@@ -91,7 +91,7 @@ class SafeFolder:
         return sorted(found)
 
     def status(self, name: str) -> FileStatus | None:
-        """Return the status of a regular file; None if there is none of this name."""
+        """Return the status of a regular file; None if it is missing."""
         _check(name)
         try:
             found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)

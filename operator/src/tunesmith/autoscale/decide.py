@@ -52,9 +52,12 @@ class _Load:
         value: int = getattr(sample, self.field)
         return value
 
+    def count(self, value: float) -> str:
+        """Return a value, rounded up, with its unit."""
+        return _count(ceil(value), (self.one, self.many))
+
     def sentence(self, value: float, unit: str) -> str:
-        count = ceil(value)
-        return f"{count} {self.one if count == 1 else self.many}, {self.target} per {unit}"
+        return f"{self.count(value)}, {self.target} per {unit}"
 
 
 class Window:
@@ -189,8 +192,8 @@ def _decide(
     by_peak = ceil(peak / highest.target)
     size = max(low, by_peak, window.max_floor(delay))
     if size < current:
-        first, _, rest = highest.sentence(peak, unit[0]).rpartition(", ")
-        reason = floor_reason if floor == size > by_peak else f"at most {first} in the last {delay} s, {rest}"
+        seen = f"at most {highest.count(peak)} in the last {delay} s, {highest.target} per {unit[0]}"
+        reason = floor_reason if floor == size > by_peak else seen
         return _limited(size, low, high, f"{reason}: {_count(size, unit)}")
     return _limited(
         current,

@@ -145,7 +145,7 @@ class CrashLedger:
         return True
 
     def find(self, digest: str, now: float) -> SuspectRequest | None:
-        """Return the crashes during which a request was in flight; None if there are none."""
+        """Return the crashes during which a request was in flight; None without any."""
         suspect = self._suspects.get(digest)
         return suspect if suspect is not None and suspect.until > now else None
 

@@ -38,7 +38,7 @@ class CrashTable:
         return pool_uid in self._ledgers
 
     def find(self, pool_uid: str, digest: str) -> SuspectRequest | None:
-        """Return the crashes of the pool during which a request was in flight; None if there are none."""
+        """Return the crashes of the pool during which a request was in flight; None without any."""
         ledger = self._ledgers.get(pool_uid)
         return None if ledger is None else ledger.find(digest, self._clock())
 

@@ -405,10 +405,8 @@ def _available(
     if ready:
         message = problem.message if problem else "their agents do not report"
         return _UNKNOWN, Reason.AGENT_SILENT, f"{ready} of {desired} pods are ready in Kubernetes; {message}"
-    if observation.invalid is not None:
-        return _FALSE, Reason.INVALID_SPEC, observation.invalid
-    if observation.refusal is not None:
-        return _FALSE, Reason.WRITE_REFUSED, observation.refusal.sentence
+    if (blocked := _blocked(observation)) is not None:
+        return _FALSE, *blocked
     if observation.decision.replicas == 0:
         return _FALSE, Reason.SCALED_TO_ZERO, "replicas is 0: raise it to serve"
     if problem is not None:
@@ -416,16 +414,22 @@ def _available(
     return _FALSE, Reason.NO_POD_READY, f"0 of {observation.decision.replicas} pods ready"
 
 
+def _blocked(observation: PoolObservation) -> tuple[Reason, str] | None:
+    """Return why the pool's objects cannot be written; None if they can."""
+    if observation.invalid is not None:
+        return Reason.INVALID_SPEC, observation.invalid
+    if observation.refusal is not None:
+        return Reason.WRITE_REFUSED, observation.refusal.sentence
+    return None
+
+
 def _progressing(observation: PoolObservation, ready: int, living: Sequence[PoolPod]) -> _ConditionState:
     desired = observation.decision.replicas
     status = (observation.deployment or {}).get("status") or {}
-    if observation.invalid is not None:
-        return _FALSE, Reason.INVALID_SPEC, observation.invalid
-    if observation.refusal is not None:
-        return _FALSE, Reason.WRITE_REFUSED, observation.refusal.sentence
-    rollout = observation.rollout
-    if rollout.failure is not None and rollout.unfinished:
-        return _FALSE, Reason.UPDATE_FAILED, _update_failure(rollout)
+    if (blocked := _blocked(observation)) is not None:
+        return _FALSE, *blocked
+    if (failure := _update_failure(observation.rollout)) is not None:
+        return _FALSE, Reason.UPDATE_FAILED, failure
     if observation.deployment is not None and status.get("updatedReplicas", 0) < min(
         desired, status.get("replicas", 0)
     ):
@@ -445,8 +449,7 @@ def _degraded(
 ) -> _ConditionState:
     silent = next((pod.name for pod in living if pod.ready and not pod.is_reporting), None)
     sentences: list[tuple[Reason, str | None]] = [
-        (Reason.INVALID_SPEC, observation.invalid),
-        (Reason.WRITE_REFUSED, observation.refusal.sentence if observation.refusal is not None else None),
+        _blocked(observation) or (Reason.AS_EXPECTED, None),
         (Reason.PODS_REFUSED, refusal_of_pods(observation.deployment)),
         (Reason.AS_EXPECTED, None) if problem is None else (problem.reason, problem.message),
         (Reason.FINGERPRINTS_DIFFER, differing),
@@ -475,10 +478,8 @@ def _taken(pool: ServingPool, by: ModelNameClaim | None) -> str | None:
 
 def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod]) -> _ConditionState:
     rollout = observation.rollout
-    if observation.invalid is not None:
-        return _FALSE, Reason.INVALID_SPEC, observation.invalid
-    if observation.refusal is not None:
-        return _FALSE, Reason.WRITE_REFUSED, observation.refusal.sentence
+    if (blocked := _blocked(observation)) is not None:
+        return _FALSE, *blocked
     if observation.hold is not None:
         reason = Reason.UPDATE_BLOCKED if observation.hold.failed else Reason.UPDATE_PENDING
         impact = interruption(
@@ -494,8 +495,8 @@ def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[P
             pool, living, frozenset(pod.name for pod in living), observation.max_surge, observation.running
         )
         return _FALSE, Reason.ROLLING_OUT, f"the pods are being replaced: {impact}"
-    if rollout.failure is not None and rollout.unfinished:
-        return _FALSE, Reason.UPDATE_FAILED, _update_failure(rollout)
+    if (failure := _update_failure(rollout)) is not None:
+        return _FALSE, Reason.UPDATE_FAILED, failure
     if rollout.outdated:
         impact = interruption(pool, living, rollout.outdated, observation.max_surge, observation.running)
         current = len(living) - len(rollout.outdated)
@@ -506,7 +507,10 @@ def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[P
     return _TRUE, Reason.PODS_CURRENT, "every pod has the current settings"
 
 
-def _update_failure(rollout: Rollout) -> str:
+def _update_failure(rollout: Rollout) -> str | None:
+    """Return a sentence about pods that fail with the current settings; None if none does."""
+    if rollout.failure is None or not rollout.unfinished:
+        return None
     count = len(rollout.outdated)
     kept = f"; {count} pod{'' if count == 1 else 's'} with the previous settings keep{'s' * (count == 1)} running"
     return f"{rollout.failure}{kept if count else ''}"

@@ -20,19 +20,18 @@ _CURRENT = {*FIELDS_WITHOUT_EFFECT, "base_model", "model_name"}
 
 def is_rolled_back(pool: ServingPool, rollback: PoolRollback | None) -> bool:
     """Return True if the spec of a pool failed, so that its pods have the last good one."""
-    return (
-        pool.spec.rolling_update.on_failure == "RollBack"
-        and rollback is not None
-        and rollback.rejected_spec == spec_digest(pool)
-        and _good_spec(pool, rollback) is not None
-    )
+    return effective_pool(pool, rollback) is not pool
 
 
 def effective_pool(pool: ServingPool, rollback: PoolRollback | None) -> ServingPool:
     """Return the pool with the spec that its pods should have: its own, or the last good one after a roll-back."""
-    if rollback is None or not is_rolled_back(pool, rollback):
+    if (
+        rollback is None
+        or pool.spec.rolling_update.on_failure != "RollBack"
+        or rollback.rejected_spec != spec_digest(pool)
+    ):
         return pool
-    return pool.model_copy(update={"spec": _good_spec(pool, rollback)})
+    return _good_pool(pool, rollback) or pool
 
 
 def next_rollback(pool: ServingPool, rollout: Rollout) -> PoolRollback | None:
@@ -45,29 +44,32 @@ def next_rollback(pool: ServingPool, rollout: Rollout) -> PoolRollback | None:
     old = pool.status.rollback
     if pool.spec.rolling_update.on_failure != "RollBack":
         return None
-    if old is not None and is_rolled_back(pool, old):
+    if is_rolled_back(pool, old):
         return old
     good = PoolRollback(good_spec=old.good_spec) if old is not None else None
     if rollout.change is not None:
         return good
     # A change of the installation is not rolled back: its failure stops the update of the other pools.
     if good is not None and rollout.has_failed and rollout.cause is not Cause.INSTALLATION:
-        failed = PoolRollback(
-            good_spec=good.good_spec, rejected_spec=spec_digest(pool), reason=one_line(rollout.failure or "", 1024)
-        )
-        spec = _good_spec(pool, failed)
-        is_another = spec is not None and spec_digest(pool.model_copy(update={"spec": spec})) != spec_digest(pool)
-        return failed if is_another else good
+        failed, good_pool = spec_digest(pool), _good_pool(pool, good)
+        if good_pool is None or spec_digest(good_pool) == failed:
+            return good
+        reason = one_line(rollout.failure or "", 1024)
+        return PoolRollback(good_spec=good.good_spec, rejected_spec=failed, reason=reason)
     if rollout.serves and not rollout.unfinished and rollout.failure is None:
         text = json.dumps(pool.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_CURRENT))
         return PoolRollback(good_spec=text) if len(text) <= _MAX_SPEC else None
     return good
 
 
-def _good_spec(pool: ServingPool, rollback: PoolRollback) -> ServingPoolSpec | None:
-    """Return the recorded spec with the current fields that have no effect on pods; None if it is no longer valid."""
+def _good_pool(pool: ServingPool, rollback: PoolRollback) -> ServingPool | None:
+    """Return the pool with the recorded spec, but the current fields that have no effect on pods.
+
+    None if the recorded spec is no longer valid.
+    """
     current = pool.spec.model_dump(mode="json", by_alias=True, exclude_none=True, include=_CURRENT)
     try:
-        return ServingPoolSpec.model_validate({**json.loads(rollback.good_spec), **current})
+        spec = ServingPoolSpec.model_validate({**json.loads(rollback.good_spec), **current})
     except (ValueError, RecursionError, TypeError):
         return None
+    return pool.model_copy(update={"spec": spec})

@@ -61,7 +61,7 @@ class Output:
             thread.join(seconds)
 
     def error(self, now: float) -> str:
-        """Return the last error that the engine reported, on one line without secrets; empty if there is none.
+        """Return the last error that the engine reported, on one line without secrets; empty without one.
 
         Args:
             now: monotonic seconds.
@@ -73,7 +73,7 @@ class Output:
         return shortened(found[-1]) if found else ""
 
     def last_line(self) -> str:
-        """Return the last line, on one line without secrets; empty if there is none."""
+        """Return the last line, on one line without secrets; empty without one."""
         lines = [text for line in list(self._lines) if (text := _plain(line.text))]
         return shortened(lines[-1]) if lines else ""
 

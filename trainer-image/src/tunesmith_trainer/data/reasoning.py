@@ -24,7 +24,7 @@ def opening(prompt: str) -> re.Match[str] | None:
 def after_opening(tag: re.Match[str], message: Message, rendered: str) -> str:
     """Return the text that a model generates after a prompt that opens its reasoning.
 
-    It begins with the reasoning and closes it, also if there is none: the parsers of servers, and templates that render
+    It begins with the reasoning and closes it, even without any: the parsers of servers, and templates that render
     reasoning, expect that.
 
     Args:
