@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.gateway.gateway_rig import GATEWAY_KEYS, OWN_NAMESPACE, adapter_manifest, pool_manifest
+from tests.gateway.gateway_rig import (
+    GATEWAY_KEYS,
+    OWN_NAMESPACE,
+    adapter_manifest,
+    pod_manifest,
+    pool_manifest,
+    write_pool_keys,
+)
 from tests.server.server_rig import (
     REPOSITORY,
     Artifact,
@@ -24,6 +31,7 @@ from tests.server.server_rig import (
     Pod,
     S3Server,
     agent_container,
+    engine_variables,
     free_port,
     vllm_program,
 )
@@ -35,7 +43,6 @@ from tunesmith.contracts.agent import (
     events_keys,
     keys_file,
     pod_tokens,
-    serving_keys,
 )
 from tunesmith.contracts.apikey import key_record, new_key
 from tunesmith.contracts.podevents import EventReader
@@ -54,18 +61,6 @@ _ENGINE = [
     *("--max-lora-rank", "8", "--kv-cache-memory-bytes", str(256 * 2**20), "--max-model-len", "512"),
     *("--dtype", "float32", "--max-num-seqs", "64", "--enable-lora"),
 ]
-_VARIABLES = {
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # As in the image, which has no compiler either.
-    "TORCHDYNAMO_DISABLE": "1",
-    "CXX": "/nowhere/c++",
-    "PATH": f"{vllm_program().parent}:{os.environ['PATH']}",
-    **dict.fromkeys(("VLLM_HOST_IP", "VLLM_LOOPBACK_IP", "MASTER_ADDR"), "127.0.0.1"),
-    **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), "lo"),
-}
 
 
 def artifacts(made: Path, fingerprint: str, store: S3Server, count: int) -> list[Object]:
@@ -84,11 +79,9 @@ class ServingPod:
         self.name = name
         self.uid = f"uid-{name}"
         self.pod = Pod(folder, base, store)
+        write_pool_keys(self.pod.keys, pool_manifest())
         metadata = pool_manifest()["metadata"]
         pool = (metadata["namespace"], metadata["uid"])
-        for entry, derive in (("serving", serving_keys), ("events", events_keys)):
-            (self.pod.keys / entry).write_bytes(keys_file(derive(GATEWAY_KEYS, *pool)))
-        (self.pod.keys / "control").write_bytes(keys_file(control_keys(GATEWAY_KEYS, *pool)))
         self._events_token = pod_tokens(events_keys(GATEWAY_KEYS, *pool), self.uid)[0]
         self._control_token = pod_tokens(control_keys(GATEWAY_KEYS, *pool), self.uid)[0]
         self.agent = agent_container(
@@ -101,7 +94,7 @@ class ServingPod:
             *("--structured-outputs-config", '{"backend": "guidance"}'),
         ]
         variables = {
-            **_VARIABLES,
+            **engine_variables(),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(self.pod.state / "middleware"),
             "TUNESMITH_SERVING_KEY_FILE": str(self.pod.keys / "serving"),
@@ -117,21 +110,7 @@ class ServingPod:
     @property
     def manifest(self) -> Object:
         """Return the pod as the API server has it."""
-        pool = pool_manifest()["metadata"]
-        return {
-            "kind": "Pod",
-            "metadata": {
-                "name": self.name,
-                "namespace": pool["namespace"],
-                "uid": self.uid,
-                "labels": {"tunesmith.dev/pool": pool["name"], "tunesmith.dev/pool-uid": pool["uid"]},
-            },
-            "status": {
-                "phase": "Running",
-                "podIP": "127.0.0.1",
-                "conditions": [{"type": "Ready", "status": "True"}],
-            },
-        }
+        return pod_manifest(pool_manifest(), self.name, self.uid)
 
     async def follow(self, http: aiohttp.ClientSession) -> None:
         """Read the agent's events until cancelled."""
@@ -181,7 +160,7 @@ class Plain:
         ]
         command = [str(vllm_program()), "serve", str(base), *_ENGINE, *arguments]
         # Threads that wait for each other actively take the cores that other processes need.
-        variables = _VARIABLES | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        variables = engine_variables() | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         self.engine = Container(command, variables, folder / "engine.log")
 
     async def load(self, http: aiohttp.ClientSession, made: Path, count: int) -> float:
@@ -220,7 +199,7 @@ class Gateway:
         with (self.folder / "gateway.log").open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
                 str(REPOSITORY / ".venv/bin/python"),
-                "-m", "benchmarks.density.gateway_process", json.dumps(ports), *arguments,
+                "-m", "tests.gateway.local_pods_gateway", json.dumps(ports), *arguments,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,

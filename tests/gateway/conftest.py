@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 import uvloop
 
-from tests.gateway.gateway_rig import OWN_NAMESPACE, Rig, Watches, eventually, free_ports
+from tests.gateway.gateway_rig import OWN_NAMESPACE, Rig, Watches, adapter_manifest, eventually, free_ports
 from tunesmith.gateway.limits import MIB
 from tunesmith.gateway.server import Gateway
 from tunesmith.gateway.settings import GatewaySettings
@@ -66,3 +66,11 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
 async def rig(start: Callable[..., Awaitable[Rig]]) -> Rig:
     """A gateway that holds requests for at most half a second."""
     return await start(hold_seconds=0.5)
+
+
+@pytest.fixture
+async def patient(start: Callable[..., Awaitable[Rig]]) -> Rig:
+    """A gateway that holds requests for long, with the adapter `pirate`."""
+    rig = await start(hold_seconds=20)
+    rig.watches.put(adapter_manifest("pirate"))
+    return rig

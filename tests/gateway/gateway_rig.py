@@ -18,7 +18,9 @@ from tunesmith.contracts.agent import (
     Residency,
     ResidencyState,
     accepts,
+    control_keys,
     events_keys,
+    keys_file,
     pod_tokens,
     serving_keys,
 )
@@ -29,6 +31,7 @@ from tunesmith.contracts.podevents import EventWriter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
 
     from multidict import CIMultiDictProxy
 
@@ -99,6 +102,34 @@ class Watches:
             yield event._replace(object=keep(event.object))
 
 
+def pod_manifest(
+    pool: dict[str, Any], name: str, uid: str, address: str = "127.0.0.1", *, ready: bool = True
+) -> dict[str, Any]:
+    """A pod of a pool, as the API server has it."""
+    metadata = pool["metadata"]
+    return {
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": metadata["namespace"],
+            "uid": uid,
+            "labels": {"tunesmith.dev/pool": metadata["name"], "tunesmith.dev/pool-uid": metadata["uid"]},
+        },
+        "status": {
+            "phase": "Running",
+            "podIP": address,
+            "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
+        },
+    }
+
+
+def write_pool_keys(folder: Path, pool: dict[str, Any]) -> None:
+    """Write the keys of a pool, with which the rig's gateways reach the pods, as its Secret has them."""
+    place = (pool["metadata"]["namespace"], pool["metadata"]["uid"])
+    for name, derive in (("serving", serving_keys), ("events", events_keys), ("control", control_keys)):
+        (folder / name).write_bytes(keys_file(derive(GATEWAY_KEYS, *place)))
+
+
 class FakePod:
     """A pool's pod: an agent and an engine behind the middleware, as contracts.agent and vLLM have them."""
 
@@ -131,21 +162,7 @@ class FakePod:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        metadata = self.pool["metadata"]
-        return {
-            "kind": "Pod",
-            "metadata": {
-                "name": self.name,
-                "namespace": metadata["namespace"],
-                "uid": self.uid,
-                "labels": {"tunesmith.dev/pool": metadata["name"], "tunesmith.dev/pool-uid": metadata["uid"]},
-            },
-            "status": {
-                "phase": "Running",
-                "podIP": self.address,
-                "conditions": [{"type": "Ready", "status": "True" if self.ready else "False"}],
-            },
-        }
+        return pod_manifest(self.pool, self.name, self.uid, self.address, ready=self.ready)
 
     def tokens(self, derive: Callable[[Keys, str, str], Keys]) -> tuple[str, ...]:
         metadata = self.pool["metadata"]

@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 
 
-@pytest.fixture
-async def patient(start: Callable[..., Awaitable[Rig]]) -> Rig:
-    rig = await start(hold_seconds=20)
-    rig.watches.put(adapter_manifest("pirate"))
-    return rig
-
-
 async def pair(rig: Rig) -> tuple[FakePod, FakePod]:
     """Two pods that hold the adapter; requests go to the first one."""
     pods = [await rig.add_pod(PIRATE), await rig.add_pod(PIRATE)]

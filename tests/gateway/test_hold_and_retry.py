@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 
 
-@pytest.fixture
-async def patient(start: Callable[..., Awaitable[Rig]]) -> Rig:
-    """A gateway that holds requests for long."""
-    rig = await start(hold_seconds=20)
-    rig.watches.put(adapter_manifest("pirate"))
-    return rig
-
-
 def waiting(rig: Rig) -> int:
     return rig.gateway.demand.waiting["team/pirate"]
 

@@ -366,6 +366,22 @@ def agent_container(pod: Pod, **options: Any) -> Container:
     return Container([str(program), "serve", *arguments], environment, pod.folder / "agent.log")
 
 
+def engine_variables() -> dict[str, str]:
+    """Variables of a vLLM on this machine's CPUs."""
+    return {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # As in the image, which has no compiler either.
+        "TORCHDYNAMO_DISABLE": "1",
+        "CXX": "/nowhere/c++",
+        "PATH": f"{vllm_program().parent}:{os.environ['PATH']}",
+        **dict.fromkeys(("VLLM_HOST_IP", "VLLM_LOOPBACK_IP", "MASTER_ADDR"), "127.0.0.1"),
+        **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), "lo"),
+    }
+
+
 def engine_container(pod: Pod, *first: str, **variables: str) -> Container:
     """vLLM with its supervisor. `first`: arguments before the others."""
     arguments = [
@@ -382,18 +398,9 @@ def engine_container(pod: Pod, *first: str, **variables: str) -> Container:
         "TUNESMITH_POD_UID": POD_UID,
         "TUNESMITH_AGENT_URL": pod.agent_url,
         "TUNESMITH_ADMIN_TOKEN_FILE": str(pod.state / "admin-token"),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # As in the image, which has no compiler either.
-        "TORCHDYNAMO_DISABLE": "1",
-        "CXX": "/nowhere/c++",
-        "PATH": f"{vllm_program().parent}:{os.environ['PATH']}",
-        **dict.fromkeys(("VLLM_HOST_IP", "VLLM_LOOPBACK_IP", "MASTER_ADDR"), "127.0.0.1"),
-        **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), "lo"),
+        **engine_variables(),
         **variables,
     }
     command = [str(vllm_program().with_name("python")), "-m", "tunesmith_supervisor", str(pod.base), *arguments]

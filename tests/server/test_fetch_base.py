@@ -8,9 +8,7 @@ import os
 import re
 import socket
 import subprocess
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 from gcsfs.core import GCSFileSystem
 
+from tests.server.http_server import http_server
 from tests.server.server_rig import REPOSITORY, S3Server, write_safetensors, write_secret
 from tests.trainer.gcsserver import GcsServer
 from tunesmith.api.credentials import STORE_SECRET
@@ -70,20 +69,6 @@ def uri(model: Path, store: S3Server) -> Iterator[str]:
     store.files.pipe_file(f"{location}/onnx/config.json", b"{}")
     yield location
     store.files.rm(location, recursive=True)
-
-
-@contextmanager
-def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of a server."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def fetch(
@@ -199,7 +184,7 @@ class Blobs(BaseHTTPRequestHandler):
 
 def test_a_model_on_az_is_downloaded_with_a_connection_string(model: Path, tmp_path: Path) -> None:
     accounts: set[str] = set()
-    with serving(type("Handler", (Blobs,), {"folder": model, "accounts": accounts})) as address:
+    with http_server(type("Handler", (Blobs,), {"folder": model, "accounts": accounts})) as address:
         place = f"BlobEndpoint={address}/devaccount"
         given = f"DefaultEndpointsProtocol=http;AccountName=devaccount;AccountKey=a2V5;{place}"
         secret = {"AZURE_STORAGE_CONNECTION_STRING": f"{given}\n"}
@@ -398,7 +383,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(model: Path) -> Iterator[dict[str, str]]:
-    with serving(type("Handler", (Hub,), {"folder": model})) as address:
+    with http_server(type("Handler", (Hub,), {"folder": model})) as address:
         yield {"HF_ENDPOINT": address}
 
 
@@ -446,7 +431,7 @@ class Redirecting(BaseHTTPRequestHandler):
     ],
 )
 def test_endpoints_and_redirects_to_unlisted_addresses_are_refused(location: str, listed: str, tmp_path: Path) -> None:
-    with serving(Redirecting) as address:
+    with http_server(Redirecting) as address:
         blobs = (
             f"DefaultEndpointsProtocol=http;AccountName=devaccount;AccountKey=a2V5;BlobEndpoint={address}/devaccount"
         )

@@ -6,12 +6,13 @@ import hashlib
 import json
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
 
+from tests.server.http_server import http_server
 from tests.server.server_rig import write_safetensors
 from tunesmith.storage.credentials import Credentials, Origin
 from tunesmith.storage.folder import CHUNK_BYTES
@@ -105,19 +106,6 @@ class Storage(Server):
             self.answer(206, content[begin : end + 1], {"Content-Range": f"bytes {begin}-{end}/{len(content)}"})
 
 
-@contextmanager
-def running(handler: type[BaseHTTPRequestHandler], host: str = "127.0.0.1") -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://{host}:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, bytes]:
     values = np.random.default_rng(1).integers(0, 255, int(3.5 * CHUNK_BYTES), np.uint8)
@@ -131,10 +119,10 @@ def hub(
 ) -> Iterator[tuple[HubSource, type[Hub], type[Storage]]]:
     fields = {"files": files, "requests": [], "valid": {}, "requests_per_address": 1000, **storage}
     stored = type("Stored", (Storage,), fields)
-    with running(stored, "localhost") as elsewhere:
+    with http_server(stored, "localhost") as elsewhere:
         fields = {"files": files, "requests": [], "elsewhere": elsewhere, "wrong": wrong}
         named = type("Named", (Hub,), fields)
-        with running(named) as address:
+        with http_server(named) as address:
             given = Credentials({"HF_ENDPOINT": address, "HF_TOKEN": TOKEN}, "the Secret hub", Origin.SECRET)
             yield HubSource("hf://org/tiny", None, given), named, stored
 

@@ -10,16 +10,22 @@ import signal
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gateway.gateway_rig import GATEWAY_KEYS, OWN_NAMESPACE, adapter_manifest, pool_manifest
+from tests.gateway.gateway_rig import (
+    GATEWAY_KEYS,
+    OWN_NAMESPACE,
+    adapter_manifest,
+    pod_manifest,
+    pool_manifest,
+    write_pool_keys,
+)
 from tests.server.fatal_engine import FATAL_WORD
+from tests.server.http_client import call, open_stream
 from tests.server.server_rig import (
     REPOSITORY,
     MissingPartError,
@@ -39,7 +45,6 @@ from tunesmith.contracts.agent import (
     events_keys,
     keys_file,
     pod_tokens,
-    serving_keys,
 )
 from tunesmith.contracts.apikey import key_record, new_key
 from tunesmith.contracts.crash import CrashLedger
@@ -57,25 +62,13 @@ PLACE = (POOL["metadata"]["namespace"], POOL["metadata"]["uid"])
 NAMES = ("pirate", "poet")
 
 
-def post(url: str, body: dict[str, Any], token: str, method: str = "POST") -> tuple[int, str]:
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers, method=method)  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=3600) as response:  # noqa: S310
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
 class CrashingPod:
     """A pod with its supervisor, engine and agent, and a reader of its agent's stream."""
 
     def __init__(self, name: str, folder: Path, base: Path, store: S3Server, entries: list[dict[str, str]]) -> None:
         self.name, self.uid = name, f"uid-{name}"
         self.pod = Pod(folder, base, store)
-        for file, derive in (("serving", serving_keys), ("events", events_keys), ("control", control_keys)):
-            (self.pod.keys / file).write_bytes(keys_file(derive(GATEWAY_KEYS, *PLACE)))
+        write_pool_keys(self.pod.keys, POOL)
         self.agent = agent_container(self.pod, pod_uid=self.uid)
         path = f"{self.pod.state / 'middleware'}:{REPOSITORY / 'tests/server'}"
         self.engine = engine_container(
@@ -91,16 +84,13 @@ class CrashingPod:
         self.engine.start()
         body = {"epoch": 1, "sequence": 1, "adapters": self._entries}
         token = pod_tokens(control_keys(GATEWAY_KEYS, *PLACE), self.uid)[0]
-        assert post(f"{self.pod.agent_url}/v1/adapters", body, token, "PUT")[0] == 200
+        assert call(f"{self.pod.agent_url}/v1/adapters", "PUT", body, token).status == 200
         threading.Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
         token = pod_tokens(events_keys(GATEWAY_KEYS, *PLACE), self.uid)[0]
-        request = urllib.request.Request(  # noqa: S310
-            f"{self.pod.agent_url}/v1/events", headers={"Authorization": f"Bearer {token}"}
-        )
-        reader = EventReader()
-        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(request) as lines:  # noqa: S310
+        url, reader = f"{self.pod.agent_url}/v1/events", EventReader()
+        with contextlib.suppress(OSError, ValueError), open_stream(url, "GET", None, token, None) as lines:
             for line in lines:
                 reader.read(line)
                 self.state = reader.state
@@ -127,16 +117,7 @@ class CrashingPod:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        labels = {"tunesmith.dev/pool": POOL["metadata"]["name"], "tunesmith.dev/pool-uid": PLACE[1]}
-        return {
-            "kind": "Pod",
-            "metadata": {"name": self.name, "namespace": PLACE[0], "uid": self.uid, "labels": labels},
-            "status": {
-                "phase": "Running",
-                "podIP": "127.0.0.1",
-                "conditions": [{"type": "Ready", "status": "True"}],
-            },
-        }
+        return pod_manifest(POOL, self.name, self.uid)
 
     def stop(self) -> None:
         self.engine.kill()
@@ -153,7 +134,7 @@ class GatewayProcess:
         self.url = f"http://127.0.0.1:{port}"
         ports = {pod.uid: (pod.pod.engine_port, pod.pod.agent_port) for pod in pods}
         command = [
-            *(str(REPOSITORY / ".venv/bin/python"), "-m", "benchmarks.density.gateway_process", json.dumps(ports)),
+            *(str(REPOSITORY / ".venv/bin/python"), "-m", "tests.gateway.local_pods_gateway", json.dumps(ports)),
             *(f"--namespace={OWN_NAMESPACE}", f"--gateway-key-file={folder / 'key'}", f"--port={port}"),
             *(f"--internal-port={free_port()}", "--linger-seconds=0", "--drain-seconds=1"),
         ]
@@ -212,8 +193,8 @@ class Stage:
     def complete(self, prompt: str, gateway: int = 0, *, model: str = "team/pirate", stream: bool = False) -> Outcome:
         started = time.time()
         body = {"model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": True, "stream": stream}
-        status, text = post(f"{self.gateways[gateway].url}/v1/completions", body, self.key)
-        return Outcome(started, time.time(), status, text, stream)
+        answer = call(f"{self.gateways[gateway].url}/v1/completions", "POST", body, self.key, timeout=3600)
+        return Outcome(started, time.time(), answer.status, answer.text, stream)
 
     def start_load(self) -> None:
         self._clients = [threading.Thread(target=self._send, args=(number,)) for number in range(CLIENTS)]

@@ -7,14 +7,12 @@ import json
 import re
 import sys
 import threading
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.server.http_client import Answer, call, open_stream
 from tests.server.server_rig import (
     BASE_NAME,
     CONTROL_TOKEN,
@@ -38,7 +36,6 @@ from tunesmith_server import middleware
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from http.client import HTTPResponse
     from pathlib import Path
     from types import ModuleType
 
@@ -51,36 +48,6 @@ def parameters() -> ModuleType:
     """The table of parameters, as the engine imports it."""
     sys.path.insert(0, middleware.__path__[0])
     return importlib.import_module("tunesmith_parameters")
-
-
-@dataclass
-class Answer:
-    status: int
-    headers: dict[str, str]
-    text: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.text)
-
-
-def call(
-    url: str, method: str = "GET", body: Any = None, token: str | None = SERVING_TOKEN, timeout: float = 120
-) -> Answer:
-    try:
-        with open_stream(url, method, body, token, timeout) as response:
-            return Answer(response.status, dict(response.headers), response.read().decode())
-    except urllib.error.HTTPError as error:
-        with error:
-            return Answer(error.code, dict(error.headers), error.read().decode())
-
-
-def open_stream(url: str, method: str, body: Any, token: str | None, timeout: float = 120) -> HTTPResponse:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310 - of this machine
-    response: HTTPResponse = urllib.request.urlopen(request, timeout=timeout)  # noqa: S310
-    return response
 
 
 class ServingPod:

@@ -1,6 +1,6 @@
-"""Gateway of the benchmark: `tunesmith-gateway` with pods that share this machine, each with ports of its own.
+"""`tunesmith-gateway` with pods that share this machine, each with ports of its own.
 
-Run as `python -m benchmarks.density.gateway_process PORTS …`, where PORTS is the JSON of [engine port, agent port] by
+Run as `python -m tests.gateway.local_pods_gateway PORTS …`, where PORTS is the JSON of [engine port, agent port] by
 UID of the pod. Objects of the cluster come from standard input, one per line.
 """
 
