@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 class Budget:
     """Bytes in flight, in total and by key.
 
+    A key may use half of what the others leave, so that a few keys never use up what another one needs: n keys that
+    take all they can get have 1/(n + 1) each, and as much stays free. Source: dynamic thresholds, A. K. Choudhury and
+    E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998.
+
     Args:
         limits: the bounds, `max_in_flight_bytes` and `max_in_flight_bytes_per_key`.
     """
@@ -32,15 +36,17 @@ class Budget:
         """Reserve bytes.
 
         Raises:
-            ApiError: 503 above the whole budget, 429 above the key's part of it. Clients see a 429 as a rate limit,
-                whereas proxies interpret several 503 as a broken gateway.
+            ApiError: 429 if every other key has fewer bytes in flight, otherwise 503. Clients see a 429 as a rate
+                limit, whereas proxies interpret several 503 as a broken gateway.
         """
-        if self._by_key[key] + count > self._per_key:
-            raise errors.key_over_budget(self._per_key)
-        if self.used + count > self._total:
-            raise errors.over_budget()
+        of_key = self._by_key[key] + count
+        of_others = self.used - self._by_key[key]
+        limit = min(self._per_key, (self._total - of_others) // 2)
+        if of_key > limit:
+            heaviest = max((used for name, used in self._by_key.items() if name != key), default=0)
+            raise errors.key_over_budget(limit) if of_key > heaviest else errors.over_budget()
         self.used += count
-        self._by_key[key] += count
+        self._by_key[key] = of_key
 
     def release(self, key: str, count: int) -> None:
         """Release reserved bytes."""

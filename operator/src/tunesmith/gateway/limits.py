@@ -45,7 +45,8 @@ class Limits(BaseModel):
     max_in_flight_bytes: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxInFlightBytes")] = 0
     """Bytes of bodies and answers in memory at once, of all API keys; 0: 2/5 of the container's memory limit."""
     max_in_flight_bytes_per_key: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxInFlightBytesPerKey")] = 0
-    """Bytes of bodies and answers in memory at once, of one API key; 0: half of --max-in-flight-bytes."""
+    """Bytes of bodies and answers in memory at once, of one API key; 0: half of --max-in-flight-bytes. A key never gets
+    more than half of what the other keys leave of --max-in-flight-bytes."""
     max_connections: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxConnections")] = 0
     """Number of open connections of clients; 0: one for each 256 KiB of the container's memory limit."""
     max_connections_per_address: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxConnectionsPerAddress")] = 0
@@ -81,10 +82,10 @@ class Limits(BaseModel):
 
     def problem(self) -> str | None:
         """Return an error message if a budget is too small for one request, otherwise None."""
-        smallest = self.max_body_bytes + ANSWER_BYTES
-        for flag, budget in (
-            ("--max-in-flight-bytes", self.max_in_flight_bytes),
-            ("--max-in-flight-bytes-per-key", self.max_in_flight_bytes_per_key),
+        request = self.max_body_bytes + ANSWER_BYTES
+        for flag, budget, smallest in (
+            ("--max-in-flight-bytes", self.max_in_flight_bytes, 2 * request),
+            ("--max-in-flight-bytes-per-key", self.max_in_flight_bytes_per_key, request),
         ):
             if budget < smallest:
                 return (
