@@ -97,7 +97,7 @@ class ApiServer:
         for process in reversed(self._processes.values()):
             process.terminate()
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=120)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -80,7 +80,7 @@ class Operator:
     def stop(self) -> int:
         """SIGTERM; the exit status."""
         self.process.terminate()
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=120)
 
     def answers(self, path: str, host: str = "127.0.0.1") -> bool:
         """True if a probe succeeds."""

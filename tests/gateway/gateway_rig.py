@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 GATEWAY_KEYS = (b"a gateway key of the tests, thirty-two",)
 OWN_NAMESPACE = "tunesmith-system"
-DEADLINE = 10.0
+DEADLINE = 120.0
 
 
 def digest(character: str) -> str:

@@ -174,7 +174,7 @@ async def send(rig: ProcessRig, data: bytes, findings: Findings) -> None:
     try:
         writer.write(data)
         wanted = data[:5] == b"HEAD "
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not _complete(answer, head=wanted):
                 async with asyncio.timeout(_QUIET_SECONDS if len(data) < MIB else 5):
                     chunk = await reader.read(65536)

@@ -22,7 +22,7 @@ async def test_demand_is_streamed_to_clients_with_the_token(rig: Rig) -> None:
         async with rig.http.get(f"{rig.internal_url}/v1/demand", headers={"Authorization": token}) as response:
             assert response.status == 401
     headers = {"Authorization": f"Bearer {demand_tokens(GATEWAY_KEYS)[0]}"}
-    async with asyncio.timeout(10), rig.http.get(f"{rig.internal_url}/v1/demand", headers=headers) as response:
+    async with asyncio.timeout(120), rig.http.get(f"{rig.internal_url}/v1/demand", headers=headers) as response:
 
         async def until(models: dict[str, AdapterDemand]) -> None:
             while GatewayDemand.model_validate_json(await response.content.readline()).models != models:

@@ -44,7 +44,7 @@ async def connect() -> AsyncIterator[Connect]:
 
 
 async def closed(reader: asyncio.StreamReader) -> bool:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         try:
             return await reader.read() == b""
         except ConnectionResetError:
@@ -53,7 +53,7 @@ async def closed(reader: asyncio.StreamReader) -> bool:
 
 async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     writer.write(REQUEST)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         return b"200 OK" in await reader.readuntil(b"\r\n\r\n")
 
 
@@ -65,7 +65,7 @@ async def test_one_address_cannot_hold_all_connections(connect: Connect) -> None
         assert await answered(*await connect(port, "127.0.3.2")), "another address is served"
         held[0][1].close()
         await held[0][1].wait_closed()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             while True:
                 reader, writer = await connect(port, "127.0.3.1")
                 writer.write(REQUEST)

@@ -100,7 +100,7 @@ async def test_a_pod_of_another_chart_with_the_same_component_is_ignored(
         settings = SimpleNamespace(namespace="tunesmith-system", instance="release")
         context: Any = SimpleNamespace(installation_keys=KEYS, cluster=Cluster(pods), settings=settings)
         task = asyncio.create_task(GatewayLinks(context, tracker).run())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             while not tracker.read(["team/pirate"], time.monotonic()).complete:
                 assert not task.done()
                 await asyncio.sleep(0.01)

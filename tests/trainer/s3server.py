@@ -56,7 +56,7 @@ class S3Server:
         command = [versitygw(), "--port", f"127.0.0.1:{self.port}", "--access", self.access_key]
         command += ["--secret", self.secret_key, "--quiet", "posix", str(self.folder)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()

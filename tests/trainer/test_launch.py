@@ -66,7 +66,7 @@ def result_of(process: subprocess.Popen[str]) -> TrainerResult:
 
 
 def wait_for(folder: Path, *names: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not all((folder / name).exists() and (folder / name).read_text() for name in names):
         assert time.monotonic() < deadline
         time.sleep(0.01)

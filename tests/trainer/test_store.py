@@ -89,7 +89,7 @@ def test_of_two_writers_one_wins(uploaded: S3Server) -> None:
     won: list[int] = []
 
     def write(number: int) -> None:
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=120)
         if folders[number].create("tunesmith.json", f"{number}".encode()):
             won.append(number)
 

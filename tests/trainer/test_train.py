@@ -296,7 +296,7 @@ def test_progress_and_metrics_are_served_and_sigterm_stops_after_a_step(tmp_path
         assert re.search(r"^tunesmith_trainer_step \d+\.0$", metrics, re.MULTILINE)
         assert 'tunesmith_trainer_stage{stage="Training"} 1' in metrics
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 143
+        assert process.wait(timeout=120) == 143
     finally:
         process.kill()
         process.wait()
