@@ -194,6 +194,27 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     ]
     assert key not in output
 
+    limits = ("--requests-per-minute", "60", "--max-concurrency", "4", "--expires-in", "90d")
+    code, output, notes = tunesmith(apiserver, "keys", "create", "ci", "-n", "team", *limits, *own)
+    assert (code, "team, 60/min and 4 at once. Keep it" in notes) == (0, True)
+    first = output.strip()
+    code, output, _ = tunesmith(apiserver, "keys", "rotate", "ci", "--overlap", "7d", *own)
+    second = output.strip()
+    assert (code, second.startswith("sk-ts-"), second != first) == (0, True, True)
+    shown = apiserver.kubectl("get", "configmap", "api-key-ci", "-n", namespace, "-o", "json").stdout
+    stored = parse_key_record(json.loads(shown))
+    assert (stored.digest, stored.previous_digest) == (key_digest(second), key_digest(first))
+    assert (stored.requests_per_minute, stored.max_concurrency) == (60, 4)
+    assert stored.expires is not None
+    assert stored.expires - stored.previous_expires == pytest.approx(83 * 24 * 3600, abs=120)
+    code, output, _ = tunesmith(apiserver, "keys", "list", *own)
+    assert "60/min,4 at once" in output
+    code, _, problems = tunesmith(apiserver, "keys", "rotate", "nobody", *own)
+    assert (code, "the key nobody does not exist" in problems) == (1, True)
+    assert tunesmith(apiserver, "keys", "create", "old", "--expires-in", "0s", *own)[0] == 0
+    code, _, problems = tunesmith(apiserver, "keys", "rotate", "old", *own)
+    assert (code, "the key old has expired" in problems) == (1, True)
+
     assert tunesmith(apiserver, "keys", "delete", "alice", *own)[0] == 0
     assert not exists(apiserver, "configmap", namespace, "api-key-alice")
     code, _, problems = tunesmith(apiserver, "keys", "delete", "alice", *own)

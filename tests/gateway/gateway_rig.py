@@ -383,11 +383,17 @@ class Rig:
         self.key = self.add_key("default", home="team")
 
     def add_key(
-        self, name: str, *, home: str, namespaces: list[str] | None = None, models: list[str] | None = None
+        self,
+        name: str,
+        *,
+        home: str,
+        namespaces: list[str] | None = None,
+        models: list[str] | None = None,
+        **limits: Any,
     ) -> str:
         key = new_key()
         record = key_record(
-            name, OWN_NAMESPACE, key, home=home, namespaces=namespaces or [home], models=models or ["*"]
+            name, OWN_NAMESPACE, key, home=home, namespaces=namespaces or [home], models=models or ["*"], **limits
         )
         self.watches.put(record)
         return key

@@ -99,6 +99,7 @@
 {{- if not (kindIs "invalid" .Values.gateway.limits.commentSeconds) }}
 - --comment-seconds={{ toJson .Values.gateway.limits.commentSeconds }}
 {{- end }}
+- {{ printf "--replicas=%s" (toString .Values.gateway.replicas) | quote }}
 - --linger-seconds={{ toJson .Values.gateway.lingerSeconds }}
 - --drain-seconds={{ toJson .Values.gateway.drainSeconds }}
 {{- end }}

@@ -5,19 +5,32 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunesmith.cli.connection import NAMESPACE_VARIABLE, connect
+from tunesmith.cli.duration import parse_duration
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line, print_table
-from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError
-from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, KEY_PREFIX, ApiKey, key_record, new_key, parse_key_record
+from tunesmith.cluster.errors import AlreadyExistsError, ConflictError, ForbiddenError
+from tunesmith.contracts.apikey import (
+    KEY_KIND,
+    KEY_LABEL,
+    KEY_PREFIX,
+    ApiKey,
+    key_record,
+    new_key,
+    parse_key_record,
+    rotated,
+)
 from tunesmith.contracts.installation import DEFAULT_NAMESPACE as GATEWAY_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tunesmith.cluster.client import Cluster
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -52,6 +65,17 @@ def create(
             help="A model it may call: NAMESPACE/NAME, or NAME in its own namespace. Can be repeated; absent: all.",
         ),
     ] = None,
+    requests_per_minute: Annotated[
+        int | None,
+        typer.Option(min=1, max=999_999_999, help="Requests that it may send in a minute; absent: no limit."),
+    ] = None,
+    max_concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, max=999_999_999, help="Sequences (choices × prompts) running at once; absent: no limit."),
+    ] = None,
+    expires_in: Annotated[
+        str | None, typer.Option(help="Time after which it is refused, such as 12h or 90d; absent: never.")
+    ] = None,
     gateway_namespace: GatewayNamespaceOption = GATEWAY_NAMESPACE,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
@@ -59,15 +83,45 @@ def create(
 
     Models that are named without a namespace are looked up in the key's namespace.
 
-    Example: export OPENAI_API_KEY=$(tunesmith keys create alice --namespace team-a)
+    Example: export OPENAI_API_KEY=$(tunesmith keys create alice --namespace team-a --requests-per-minute 60)
     """
     _check("the name of a key", name, _NAME, _MAX_NAME)
     for other in [*([namespace] if namespace else []), *(allow_namespace or [])]:
         _check("a namespace", other, _NAMESPACE, _MAX_NAMESPACE)
     with _explained_denial(gateway_namespace):
         asyncio.run(
-            _create(name, namespace, allow_namespace or [], model or [], gateway_namespace, output_format=output_format)
+            _create(
+                name,
+                namespace,
+                allow_namespace or [],
+                model or [],
+                gateway_namespace,
+                requests_per_minute=requests_per_minute,
+                max_concurrency=max_concurrency,
+                expires=_after(expires_in, "--expires-in") if expires_in else None,
+                output_format=output_format,
+            )
         )
+
+
+@app.command()
+def rotate(
+    name: Annotated[str, typer.Argument(help="Name of the key.")],
+    overlap: Annotated[
+        str, typer.Option(help="Time for which the present key remains valid, such as 30m or 7d; 0s: it ends now.")
+    ] = "24h",
+    gateway_namespace: GatewayNamespaceOption = GATEWAY_NAMESPACE,
+    output_format: FormatOption = Format.TEXT,
+) -> None:
+    """Replace a key by a new one with the same rights and limits, and print it, once.
+
+    Both are valid until the overlap ends. A key that was replaced before is refused from now on.
+
+    Example: tunesmith keys rotate alice --overlap 7d
+    """
+    until = _after(overlap, "--overlap")
+    with _explained_denial(gateway_namespace):
+        asyncio.run(_rotate(name, until, gateway_namespace, output_format))
 
 
 @app.command("list")
@@ -93,6 +147,10 @@ def delete(
     """
     with _explained_denial(gateway_namespace):
         asyncio.run(_delete(name, gateway_namespace))
+
+
+def _after(duration: str, option: str) -> datetime:
+    return datetime.now(UTC) + parse_duration(duration, option)
 
 
 @contextmanager
@@ -122,6 +180,9 @@ async def _create(
     models: list[str],
     gateway_namespace: str,
     *,
+    requests_per_minute: int | None,
+    max_concurrency: int | None,
+    expires: datetime | None,
     output_format: Format,
 ) -> None:
     async with await connect() as cluster:
@@ -136,57 +197,130 @@ async def _create(
                 Exit.USAGE,
             )
         key = new_key()
+        record = key_record(
+            name,
+            gateway_namespace,
+            key,
+            home=home,
+            namespaces=namespaces,
+            models=allowed,
+            requests_per_minute=requests_per_minute,
+            max_concurrency=max_concurrency,
+            expires=expires,
+        )
         try:
-            await cluster.create(
-                key_record(name, gateway_namespace, key, home=home, namespaces=namespaces, models=allowed)
-            )
+            await cluster.create(record)
         except AlreadyExistsError:
             raise CliError(
                 f"the key {name} already exists: choose another name, or delete it with `tunesmith keys delete {name}`"
             ) from None
     if output_format is Format.JSON:
-        print_json({"name": name, "key": key, "namespace": home, "namespaces": namespaces, "models": allowed})
+        print_json({"key": key, **_fields(parse_key_record(record))})
         return
     print_line(key)
     what = "all models" if allowed == ["*"] else ", ".join(allowed)
-    note(f"Key {name} may call {what} of {', '.join(namespaces)}. Keep it: it is not stored and not shown again.")
+    bounds = _limits_text(parse_key_record(record), " and ")
+    note(
+        f"Key {name} may call {what} of {', '.join(namespaces)}{f', {bounds}' if bounds else ''}. Keep it: it is not"
+        " stored and not shown again."
+    )
     note("Next: export TUNESMITH_API_KEY=… (that key), then tunesmith models")
 
 
 async def _list(gateway_namespace: str, output_format: Format) -> None:
     async with await connect() as cluster:
         records = await cluster.list(KEY_KIND, gateway_namespace, labels=f"{KEY_LABEL}=true")
-    rows = []
+    rows: list[dict[str, object]] = []
+    lines = []
     for record in records:
-        name = record["metadata"]["name"].removeprefix(KEY_PREFIX)
         created = record["metadata"].get("creationTimestamp", "")
         try:
-            key: ApiKey | None = parse_key_record(record)
+            key = parse_key_record(record)
         except ValueError as error:
             note(f"the ConfigMap {record['metadata']['name']} is not a key: {error}")
-            key = None
-        if key is not None:
-            models = sorted(key.models) if key.models is not None else ["*"]
-            rows.append((name, key.home, sorted(key.namespaces), models, created))
+            continue
+        fields = _fields(key)
+        rows.append({**fields, "created": created})
+        models = ",".join(sorted(key.models)) if key.models is not None else "*"
+        expires = str(fields["expires"] or "-")
+        calls = ",".join(sorted(key.namespaces))
+        lines.append((key.name, key.home, calls, models, _limits_text(key, ",") or "-", expires, created))
     if output_format is Format.JSON:
-        fields = ("name", "namespace", "namespaces", "models", "created")
-        print_json([dict(zip(fields, row, strict=True)) for row in rows])
+        print_json(rows)
         return
     print_table(
-        ("NAME", "NAMESPACE", "MAY CALL", "MODELS", "CREATED"),
-        [(name, home, ",".join(calls), ",".join(models), created) for name, home, calls, models, created in rows],
+        ("NAME", "NAMESPACE", "MAY CALL", "MODELS", "LIMITS", "EXPIRES", "CREATED"),
+        lines,
         empty=f"no keys in {gateway_namespace}: create one with `tunesmith keys create NAME`",
     )
 
 
+def _fields(key: ApiKey) -> dict[str, object]:
+    """Return what programs read about a key."""
+    expires = None if key.expires is None else datetime.fromtimestamp(key.expires, UTC)
+    return {
+        "name": key.name,
+        "namespace": key.home,
+        "namespaces": sorted(key.namespaces),
+        "models": ["*"] if key.models is None else sorted(key.models),
+        "requestsPerMinute": key.requests_per_minute,
+        "maxConcurrency": key.max_concurrency,
+        "expires": expires and expires.isoformat().replace("+00:00", "Z"),
+    }
+
+
+def _limits_text(key: ApiKey, separator: str) -> str:
+    texts = [
+        f"{limit}{unit}"
+        for limit, unit in ((key.requests_per_minute, "/min"), (key.max_concurrency, " at once"))
+        if limit is not None
+    ]
+    return separator.join(texts)
+
+
+async def _rotate(name: str, until: datetime, gateway_namespace: str, output_format: Format) -> None:
+    async with await connect() as cluster:
+        record = await _find(cluster, name, gateway_namespace)
+        try:
+            present = parse_key_record(record)
+        except ValueError as error:
+            raise CliError(f"the ConfigMap {KEY_PREFIX}{name} is not a key: {error}") from None
+        if present.expires is not None and present.expires <= datetime.now(UTC).timestamp():
+            raise CliError(
+                f"the key {name} has expired: `tunesmith keys delete {name}`, and create another one with `tunesmith"
+                " keys create`"
+            )
+        key = new_key()
+        try:
+            await cluster.replace(record | {"data": rotated(record, key, until)})
+        except ConflictError:
+            raise CliError(f"the key {name} was changed meanwhile: run the command again") from None
+    ends = until.isoformat(timespec="seconds").replace("+00:00", "Z")
+    if output_format is Format.JSON:
+        print_json({"key": key, "previousExpires": ends, **_fields(present)})
+        return
+    print_line(key)
+    note(f"Key {name} is replaced; the previous one is valid until {ends}. Keep the new one: it is not shown again.")
+
+
 async def _delete(name: str, gateway_namespace: str) -> None:
     async with await connect() as cluster:
-        record = await cluster.find(KEY_KIND, KEY_PREFIX + name, gateway_namespace)
-        labels = (record or {}).get("metadata", {}).get("labels") or {}
-        if record is None or labels.get(KEY_LABEL) != "true":
-            raise CliError(
-                f"the key {name} does not exist in {gateway_namespace}: list the keys with `tunesmith keys list "
-                f"--gateway-namespace {gateway_namespace}`"
-            )
+        record = await _find(cluster, name, gateway_namespace)
         await cluster.delete(KEY_KIND, KEY_PREFIX + name, gateway_namespace, uid=record["metadata"]["uid"])
     note(f"Key {name} is deleted.")
+
+
+async def _find(cluster: Cluster, name: str, gateway_namespace: str) -> dict[str, Any]:
+    """Return the ConfigMap of a key.
+
+    Raises:
+        CliError: there is no such key.
+    """
+    record = await cluster.find(KEY_KIND, KEY_PREFIX + name, gateway_namespace)
+    labels = (record or {}).get("metadata", {}).get("labels") or {}
+    if record is None or labels.get(KEY_LABEL) != "true":
+        raise CliError(
+            f"the key {name} does not exist in {gateway_namespace}: list the keys with `tunesmith keys list "
+            f"--gateway-namespace {gateway_namespace}`"
+        )
+    return record

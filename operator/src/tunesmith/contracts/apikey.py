@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ KEY_PREFIX = "api-key-"
 KEY_KIND = "ConfigMap"
 _ALL = "*"
 _HASH = re.compile(r"^[0-9a-f]{64}$")
+_COUNT = re.compile(r"^[1-9][0-9]{0,8}$", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class ApiKey:
         home: namespace in which bare model names are looked up.
         namespaces: namespaces whose models may be called.
         models: global ids that may be called; None: all in those namespaces.
+        requests_per_minute: requests that are accepted in a minute; None: no limit.
+        max_concurrency: sequences that may run at once; None: no limit.
+        expires: Unix time in seconds from which the key is refused; None: never.
+        previous_digest: SHA-256 of the key that this one replaces, or None.
+        previous_expires: Unix time in seconds from which the replaced key is refused.
     """
 
     name: str
@@ -41,6 +48,11 @@ class ApiKey:
     home: str
     namespaces: frozenset[str]
     models: frozenset[str] | None
+    requests_per_minute: int | None = None
+    max_concurrency: int | None = None
+    expires: float | None = None
+    previous_digest: bytes | None = None
+    previous_expires: float = 0.0
 
     def may_call(self, model: str) -> bool:
         """Return True if the list of models allows the global id; its namespace is checked separately."""
@@ -58,7 +70,16 @@ def key_digest(key: str) -> bytes:
 
 
 def key_record(
-    name: str, gateway_namespace: str, key: str, *, home: str, namespaces: Sequence[str], models: Sequence[str]
+    name: str,
+    gateway_namespace: str,
+    key: str,
+    *,
+    home: str,
+    namespaces: Sequence[str],
+    models: Sequence[str],
+    requests_per_minute: int | None = None,
+    max_concurrency: int | None = None,
+    expires: datetime | None = None,
 ) -> dict[str, Any]:
     """Return the ConfigMap that makes a key valid; it contains only the key's hash.
 
@@ -69,7 +90,11 @@ def key_record(
         home: namespace in which bare model names are looked up.
         namespaces: namespaces that may be called.
         models: global ids that may be called; `["*"]`: all.
+        requests_per_minute: requests that are accepted in a minute; None: no limit.
+        max_concurrency: sequences that may run at once; None: no limit.
+        expires: time from which the key is refused; None: never.
     """
+    limits = {"requestsPerMinute": requests_per_minute, "maxConcurrency": max_concurrency}
     return {
         "apiVersion": "v1",
         "kind": KEY_KIND,
@@ -83,7 +108,19 @@ def key_record(
             "namespace": home,
             "namespaces": json.dumps(list(namespaces)),
             "models": json.dumps(list(models)),
+            **{field: str(value) for field, value in limits.items() if value is not None},
+            **({"expires": _time_text(expires)} if expires else {}),
         },
+    }
+
+
+def rotated(record: Mapping[str, Any], key: str, overlap_until: datetime) -> dict[str, str]:
+    """Return the data of a key's ConfigMap that makes `key` valid, and the present key until `overlap_until`."""
+    data = dict(record["data"])
+    return data | {
+        "hash": key_digest(key).hex(),
+        "previousHash": data["hash"],
+        "previousExpires": _time_text(overlap_until),
     }
 
 
@@ -95,9 +132,7 @@ def parse_key_record(record: Mapping[str, Any]) -> ApiKey:
     """
     name = str(record["metadata"]["name"]).removeprefix(KEY_PREFIX)
     data = record.get("data") or {}
-    digest = data.get("hash", "").strip().lower()
-    if not _HASH.match(digest):
-        raise ValueError("`hash` must be the SHA-256 of the key as 64 hex digits")
+    digest = _digest(data, "hash")
     home = data.get("namespace", "").strip()
     if not home:
         raise ValueError("`namespace` is missing")
@@ -105,11 +140,49 @@ def parse_key_record(record: Mapping[str, Any]) -> ApiKey:
     models = _strings("models", data.get("models", "[]"))
     return ApiKey(
         name=name,
-        digest=bytes.fromhex(digest),
+        digest=digest,
         home=home,
         namespaces=frozenset(namespaces),
         models=None if _ALL in models else frozenset(models),
+        requests_per_minute=_limit(data, "requestsPerMinute"),
+        max_concurrency=_limit(data, "maxConcurrency"),
+        expires=_time(data, "expires"),
+        previous_digest=_digest(data, "previousHash") if "previousHash" in data else None,
+        previous_expires=_time(data, "previousExpires") or 0.0,
     )
+
+
+def _digest(data: Mapping[str, str], field: str) -> bytes:
+    digest = data.get(field, "").strip().lower()
+    if not _HASH.match(digest):
+        raise ValueError(f"`{field}` must be the SHA-256 of the key as 64 hex digits")
+    return bytes.fromhex(digest)
+
+
+def _limit(data: Mapping[str, str], field: str) -> int | None:
+    text = data.get(field)
+    if text is None:
+        return None
+    if not _COUNT.match(text.strip()):
+        raise ValueError(f"`{field}` must be a number from 1 to 999999999")
+    return int(text)
+
+
+def _time(data: Mapping[str, str], field: str) -> float | None:
+    text = data.get(field)
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise ValueError(f"`{field}` must be a time with a time zone, such as 2027-01-31T00:00:00Z")
+    return moment.timestamp()
+
+
+def _time_text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _strings(field: str, text: str) -> list[str]:

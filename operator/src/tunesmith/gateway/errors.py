@@ -90,6 +90,50 @@ def invalid_key() -> ApiError:
     )
 
 
+def expired_key() -> ApiError:
+    """401: the key was valid until some time ago, or was replaced by another one."""
+    return ApiError(
+        HTTPStatus.UNAUTHORIZED,
+        "Your API key has expired or was replaced. Ask your platform team for a new one (they create it with"
+        " `tunesmith keys rotate NAME`).",
+        code="expired_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def too_many_requests(limit: int, seconds: int, headers: dict[str, str]) -> ApiError:
+    """429: the key's requests of the last minute."""
+    return ApiError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        f"Your API key may send {limit} requests per minute. Try again in {seconds} s.",
+        code="rate_limit_exceeded",
+        type_="rate_limit_error",
+        headers={**headers, "Retry-After": str(seconds)},
+    )
+
+
+def too_many_running(limit: int) -> ApiError:
+    """429: the key's sequences at once."""
+    return ApiError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        f"Your API key may have {limit} sequences (choices × prompts) running at once. Wait for some of its requests to"
+        " finish.",
+        code="concurrency_limit_exceeded",
+        type_="rate_limit_error",
+        headers={"Retry-After": "1"},
+    )
+
+
+def too_many_sequences_for_key(sequences: int, limit: int) -> ApiError:
+    """400: the request alone has more sequences than its key may have at once."""
+    return ApiError(
+        HTTPStatus.BAD_REQUEST,
+        f"The request asks for {sequences} sequences (choices × prompts), and your API key may have {limit} running at"
+        " once in a gateway. Lower `n` or send fewer prompts.",
+        code="too_many_sequences",
+    )
+
+
 def model_not_found(model: str) -> ApiError:
     """404: the model does not exist, or its namespace is closed to the key; the response does not reveal which."""
     return ApiError(

@@ -24,7 +24,7 @@ from tunesmith.gateway.faults import describe_error
 from tunesmith.gateway.forward import OTHER_TOKEN, EngineLostError, Forwarder, NotStartedError
 from tunesmith.gateway.hold import RequestHold
 from tunesmith.gateway.models import models_body, names_models
-from tunesmith.gateway.reply import ANSWER_BYTES, ClientDisconnectedError, write_large
+from tunesmith.gateway.reply import ANSWER_BYTES, LIMIT_HEADERS, ClientDisconnectedError, write_large
 from tunesmith.gateway.request import RequestReader, request_id, require
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.metrics import Metrics
+    from tunesmith.gateway.quotas import Quotas
     from tunesmith.gateway.request import Call
 
 LOG = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Proxy:
         demand: Demand,
         metrics: Metrics,
         limits: Limits,
+        quotas: Quotas,
         clock: Callable[[], float],
         synced: Callable[[], bool],
         not_ready: Callable[[], str | None],
@@ -96,6 +98,7 @@ class Proxy:
         self._crashes = crashes
         self._metrics = metrics
         self._limits = limits
+        self._quotas = quotas
         self._clock = clock
         self._synced = synced
         self._not_ready = not_ready
@@ -129,8 +132,10 @@ class Proxy:
             response = _no_response()
         finally:
             self._metrics.finished(exchange.model, code, self._clock() - exchange.arrived)
-        if self.closing and not response.prepared:
-            response.force_close()
+        if not response.prepared:
+            response.headers.update(request.get(LIMIT_HEADERS, {}))
+            if self.closing:
+                response.force_close()
         return response
 
     async def drain(self, seconds: float) -> None:
@@ -186,13 +191,15 @@ class Proxy:
         path = request.rel_url.path
         if path in GENERATE_PATHS:
             require(request, "POST")
-            key = self._requests.authenticate(request)
+            key = await self._admit(request)
             with self.budget.share(key.name) as share:
-                exchange.call = await self._requests.read(request, exchange.request_id, key, share, exchange.arrived)
-                return await self._generate(exchange.call)
+                call = await self._requests.read(request, exchange.request_id, key, share, exchange.arrived)
+                exchange.call = call
+                with self._quotas.running(key, call.body.sequences):
+                    return await self._generate(call)
         if names_models(path):
             require(request, "GET", "HEAD")
-            return await self._models(request, self._requests.authenticate(request))
+            return await self._models(request, await self._admit(request))
         if path in HEALTH_PATHS:
             require(request, "GET", "HEAD")
             reason = self._not_ready()
@@ -200,6 +207,16 @@ class Proxy:
                 raise errors.not_ready(reason)
             return _json(b'{"status":"ok"}')
         raise errors.unknown_url(request.method, path)
+
+    async def _admit(self, request: web.BaseRequest) -> ApiKey:
+        """Return the API key of a request, which counts towards the key's limit.
+
+        Raises:
+            ApiError: the request has no valid key, or the key has used up its limit.
+        """
+        key = self._requests.authenticate(request)
+        request[LIMIT_HEADERS] = await self._quotas.count_request(key)
+        return key
 
     async def _generate(self, call: Call) -> web.StreamResponse:
         """Hold and forward a call until a pod starts it, or a second one if the engine of the first one dies."""

@@ -23,6 +23,10 @@ SLOW_CLIENT_BYTES = 256 * 1024
 """Bytes of the budget that an answer uses while the client reads more slowly than the pod answers."""
 
 
+LIMIT_HEADERS = web.RequestKey("limit_headers", dict[str, str])
+"""Key of a request's headers about its API key's limits, which every answer carries."""
+
+
 class ClientDisconnectedError(Exception):
     """The client closed its connection or stopped reading while the answer was written."""
 
@@ -33,6 +37,7 @@ async def prepare(request: web.BaseRequest, response: web.StreamResponse) -> Non
     Raises:
         ClientDisconnectedError: the client closed its connection.
     """
+    response.headers.update(request.get(LIMIT_HEADERS, {}))
     try:
         await response.prepare(request)
     except ConnectionError:

@@ -17,6 +17,7 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from tunesmith.gateway import errors
 from tunesmith.gateway.body import parse
+from tunesmith.gateway.keys import ExpiredKeyError
 from tunesmith.gateway.reply import ANSWER_BYTES, EventReply
 
 if TYPE_CHECKING:
@@ -104,9 +105,12 @@ class RequestReader:
         """Return the API key of a request.
 
         Raises:
-            ApiError: the request has no valid key, or the gateway has not read all keys yet.
+            ApiError: the request has no valid key or an expired one, or the gateway has not read all keys yet.
         """
-        key = presented_key(request, self._keys)
+        try:
+            key = presented_key(request, self._keys)
+        except ExpiredKeyError:
+            raise errors.expired_key() from None
         if key is None:
             raise errors.invalid_key() if self._synced() else errors.starting()
         return key

@@ -21,6 +21,7 @@ from tunesmith.gateway.internal import internal_app
 from tunesmith.gateway.keys import KeyTable
 from tunesmith.gateway.metrics import Metrics
 from tunesmith.gateway.proxy import Proxy
+from tunesmith.gateway.quotas import Quotas
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,6 +101,7 @@ class Gateway:
             demand=self.demand,
             metrics=self.metrics,
             limits=settings,
+            quotas=Quotas(settings.replicas, wall_clock=time.time),
             clock=loop.time,
             synced=self.feed.synced,
             not_ready=self._not_ready,
