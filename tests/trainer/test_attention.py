@@ -24,24 +24,30 @@ SIZES = [5, 1, 9, 3]
 BOUNDS = [0, *itertools.accumulate(SIZES)]
 
 
-def visible(bounds: torch.Tensor, window: list[int]) -> torch.Tensor:
-    """Return (tokens, tokens): the positions visible to each token according to the kernel's documentation."""
-    places = torch.arange(int(bounds[-1]))
-    sequence = torch.bucketize(places, bounds[1:], right=True)
-    distance = places[:, None] - places[None]
+def visible(bounds: torch.Tensor, key_bounds: torch.Tensor, window: list[int]) -> torch.Tensor:
+    """Return (tokens, keys): the keys visible to each token according to the kernel's documentation.
+
+    A sequence with more keys than tokens has those of earlier tokens first.
+    """
+    places, keys = torch.arange(int(bounds[-1])), torch.arange(int(key_bounds[-1]))
+    sequence, of_key = (
+        torch.bucketize(positions, ends[1:], right=True) for positions, ends in ((places, bounds), (keys, key_bounds))
+    )
+    distance = (places - bounds[1:][sequence])[:, None] - (keys - key_bounds[1:][of_key])[None]
     left, right = window
-    seen = sequence[:, None] == sequence[None]
+    seen = sequence[:, None] == of_key[None]
     seen &= distance <= left if left >= 0 else torch.tensor(data=True)
     return seen & (-distance <= right if right >= 0 else torch.tensor(data=True))
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: Any) -> torch.Tensor:
     """Compute the kernel's result, (tokens, heads, width), with full scores and a mask."""
-    assert given["cu_seq_q"].dtype == torch.int32
-    assert given["max_q"] == int(given["cu_seq_q"].diff().max())
+    for side in ("q", "k"):
+        assert given[f"cu_seq_{side}"].dtype == torch.int32
+        assert given[f"max_{side}"] == int(given[f"cu_seq_{side}"].diff().max())
     return scaled_dot_product_attention(
         *(part.transpose(0, 1) for part in (query, key, value)),
-        attn_mask=visible(given["cu_seq_q"], given["window_size"]),
+        attn_mask=visible(given["cu_seq_q"], given["cu_seq_k"], given["window_size"]),
         scale=given["scale"],
         enable_gqa=given["enable_gqa"],
     ).transpose(0, 1)
@@ -84,6 +90,20 @@ def test_the_kernel_gets_the_arguments_for_the_segments(given: dict[str, Any]) -
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     by_segments = results(segment_attention, tensors(), cu_seq_lens_q=bounds, **given)
     by_kernel = results(varlen_attention, tensors(), cu_seq_lens_q=bounds, max_length_q=max(SIZES), **given)
+    for found, expected in zip(by_kernel, by_segments, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("kernel_on_cpu")
+@pytest.mark.parametrize("given", [{}, {"sliding_window": 4}])
+def test_the_kernel_gets_the_keys_of_shared_prefixes(given: dict[str, Any]) -> None:
+    prefixes = [(0, 0), (0, 4), (0, 2), (0, 5)]
+    sizes = [own + end - begin for own, (begin, end) in zip(SIZES, prefixes, strict=True)]
+    keys = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    shared: dict[str, Any] = {"sequence_bounds": BOUNDS, "shared_prefixes": prefixes, **given}
+    by_segments = results(segment_attention, tensors(), **shared)
+    shared |= {"cu_seq_lens_q": torch.tensor(BOUNDS, dtype=torch.int32), "max_length_q": max(SIZES)}
+    by_kernel = results(varlen_attention, tensors(), cu_seq_lens_k=keys, max_length_k=max(sizes), **shared)
     for found, expected in zip(by_kernel, by_segments, strict=True):
         torch.testing.assert_close(found, expected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import itertools
 import json
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,47 @@ def test_columns_of_system_prompts_and_earlier_turns_can_be_named(tmp_path: Path
     row = {"instruction": "c", "output": "d", "role_play": PIRATE, "past": [["a", "b"]]}
     (value,) = values(tmp_path, row, columns={"system": "role_play", "history": "past"})
     assert value == {"messages": [system(PIRATE), user("a"), answer("b"), user("c"), answer("d")]}
+
+
+SOME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "instruction": (
+        {"instruction": "c", "output": "d"},
+        {"messages": [user("c"), answer("d")]},
+    ),
+    "chat": (chat_row("c", "d"), {"messages": [user("c"), answer("d")]}),
+    "texts": ({"prompt": "c", "completion": "d"}, {"prompt": [user("c")], "completion": [answer("d")]}),
+    "pair": (
+        {"prompt": "c", "chosen": "d", "rejected": "e"},
+        {"prompt": [user("c")], "chosen": [answer("d")], "rejected": [answer("e")]},
+    ),
+}
+"""Rows without a system prompt and earlier turns, and what they become beside rows with them."""
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "json", "parquet"])
+@pytest.mark.parametrize("name", SOME)
+def test_system_prompts_and_earlier_turns_of_some_rows_only(tmp_path: Path, name: str, extension: str) -> None:
+    row, expected = SOME[name]
+    rows = [row, row | {"system": PIRATE}, row | {"history": [["a", "b"]]}, row]
+    file = tmp_path / f"rows.{extension}"
+    if extension == "parquet":
+        pq.write_table(pa.Table.from_pylist([dict.fromkeys(("system", "history")) | row for row in rows]), file)
+    else:
+        text = json.dumps(rows) if extension == "json" else "\n".join(map(json.dumps, rows))
+        file.write_bytes(gzip.compress(text.encode()) if extension.endswith("gz") else text.encode())
+    begin = "messages" if "messages" in expected else "prompt"
+    found_values, _ = found(file, forms=DPO if name == "pair" else SFT, duplicates="Keep")
+    assert found_values == [
+        expected,
+        expected | {begin: [system(PIRATE), *expected[begin]]},
+        expected | {begin: [user("a"), answer("b"), *expected[begin]]},
+        expected,
+    ]
+
+
+def test_texts_that_mention_a_system_prompt_stay_texts(tmp_path: Path) -> None:
+    row = {"prompt": 'The key is "system":', "completion": "yes"}
+    assert values(tmp_path, row, forms=SFT) == [row]
 
 
 @pytest.mark.parametrize(

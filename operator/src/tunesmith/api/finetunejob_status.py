@@ -288,7 +288,14 @@ class Preflight(StatusModel):
         default=None, description="Number of sequences into which the training rows are packed. Absent without packing."
     )
     tokens: Count | None = Field(default=None, description="Number of tokens in the training rows.")
-    target_tokens: Count | None = Field(default=None, description="Number of these tokens that contribute to the loss.")
+    shared_tokens: Count | None = Field(
+        default=None,
+        description="Number of these tokens that rows of one chat have in common with another row of their packed "
+        "sequence, so that they are computed once. Absent: none.",
+    )
+    target_tokens: Count | None = Field(
+        default=None, description="Number of tokens in the training rows that contribute to the loss."
+    )
     trainable_parameters: Count | None = Field(default=None, description="Number of trained parameters.")
     adapted_percent: Percent | None = Field(
         default=None,

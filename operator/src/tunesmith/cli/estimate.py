@@ -179,7 +179,8 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
     )
     yield from _row_counts(counted)
     packed = f", in {counted.packed_sequences} packed sequences" if counted.packed_sequences is not None else ""
-    yield "tokens", f"{counted.tokens}, {counted.target_tokens} of them learned{packed}"
+    shared = f", {counted.shared_tokens} computed with another row" if counted.shared_tokens else ""
+    yield "tokens", f"{counted.tokens}, {counted.target_tokens} of them learned{shared}{packed}"
     if resolved is not None:
         yield "steps", f"{resolved.total_steps} of {resolved.batch_size} sequences"
         again = "on" if resolved.gradient_checkpointing else "off"

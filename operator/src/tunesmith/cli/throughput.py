@@ -38,13 +38,13 @@ class GpuTime:
 
 
 def trained_tokens(counted: Preflight | None, resolved: Resolved | None) -> float | None:
-    """Return the number of tokens of all steps of a run; None if it is unknown."""
+    """Return the number of tokens that all steps of a run compute; None if it is unknown."""
     if counted is None or resolved is None:
         return None
     sequences = counted.packed_sequences or counted.rows
     if not sequences or not counted.tokens or not resolved.total_steps or not resolved.batch_size:
         return None
-    return counted.tokens * resolved.total_steps * resolved.batch_size / sequences
+    return (counted.tokens - (counted.shared_tokens or 0)) * resolved.total_steps * resolved.batch_size / sequences
 
 
 def similar(job: FineTuneJob, other: FineTuneJob) -> bool:

@@ -299,7 +299,7 @@ class Encoder:
                 after = after if rendered.document else self._answer_end(ids, index, after)
                 labels[index:after] = ids[index:after]
         begin = len(ids) - 1 if rendered.document else (first or [0])[-1]
-        if rendered.learned and not any(label in self._ends for label in labels[begin:]):
+        if rendered.learned and self._ends.keys().isdisjoint(labels[begin:]):
             last = max((index for index, label in enumerate(labels) if label != IGNORED), default=len(ids) - 1)
             closing = self._closing(rendered.closing)
             ids[last + 1 :] = [closing]

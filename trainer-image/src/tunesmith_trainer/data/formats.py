@@ -107,6 +107,32 @@ def records(file: DataFile, wanted: Collection[str] | None = None, present: Coll
         raise DatasetInvalidError(f"{file.name} cannot be read as {data_format}: {text}") from None
 
 
+def has_column(file: DataFile, names: Collection[str]) -> bool:
+    """Return True if a record of a file has one of these columns.
+
+    Raises:
+        DatasetInvalidError: as for `records`.
+    """
+    values = (record.value for record in records(file, names) if isinstance(record.value, dict))
+    if format_of(file.name) not in _WITH_OWN_KEYS:
+        return any(not value.keys().isdisjoint(names) for value in itertools.islice(values, 1))
+    keys = [json.dumps(name).encode() for name in names]
+    return _contains(file, keys) and any(not value.keys().isdisjoint(names) for value in values)
+
+
+def _contains(file: DataFile, texts: Sequence[bytes]) -> bool:
+    """Return True if a file contains one of some texts."""
+    longest = max(map(len, texts))
+    before = b""
+    with _open(file) as content:
+        while part := content.read(_CHUNK):
+            window = before + part
+            if any(text in window for text in texts):
+                return True
+            before = window[-longest:]
+    return False
+
+
 def _check_content(file: DataFile) -> None:
     """Raise DatasetInvalidError if the file is only a pointer to its content."""
     with file.path.open("rb") as content:
@@ -511,6 +537,8 @@ _TEXT_READERS: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[R
     "csv": lambda file, _: _separated(file, ","),
     "tsv": lambda file, _: _separated(file, "\t"),
 }
+_WITH_OWN_KEYS = {"jsonl", "json"}
+"""Formats in which a record may have other columns than the first."""
 _COLUMNAR: dict[str, Callable[[DataFile, Collection[str] | None, Collection[str]], Iterator[Record]]] = {
     "parquet": _parquet,
     "arrow": _arrow,

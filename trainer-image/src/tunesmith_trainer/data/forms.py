@@ -51,6 +51,8 @@ REQUIRED = {
     RowForm.PREFERENCE: ("chosen", "rejected"),
     RowForm.UNPAIRED_PREFERENCE: ("prompt", "completion", "label"),
 }
+PROMPT_FORMS = frozenset(form for form, names in REQUIRED.items() if not {"chosen", "completion"}.isdisjoint(names))
+"""Forms whose prompts and answers may be texts that are not a chat."""
 SFT_FORMS_IN_ORDER = tuple(form for form in RowForm if form in SFT_FORMS)
 OPTIONAL = {
     RowForm.MESSAGES: ("tools", "system", "history"),

@@ -75,6 +75,7 @@ def load(
     tokenizer: str,
     seed: int,
     context: int | None,
+    share_prefixes: bool = False,
     store: Folder | None = None,
     write_line: Callable[[str], None] = lambda _: None,
 ) -> Rows:
@@ -89,6 +90,7 @@ def load(
         tokenizer: digest of the tokenizer, its chat template and its end tokens.
         seed: seed for choosing the held-out rows and the rows of a fractional weight.
         context: maximum tokens of the base model; None if its configuration does not state it.
+        share_prefixes: True if the base model can compute prefixes that packed rows of a chat share once.
         store: keeps the tokens for the next attempt.
         write_line: reports progress to a person.
 
@@ -116,13 +118,16 @@ def load(
     train, lengths = _select(divided.rows, indices), divided.sizes.lengths[indices]
     packed = None
     if dataset.packing:
-        packed = pack(cached.path("train"), indices, lengths, dataset.max_length, work / "packed.arrow")
-        train = open_rows(work / "packed.arrow")
+        path = work / "packed.arrow"
+        packed = pack(
+            cached.path("train"), indices, divided.sizes, dataset.max_length, path, share_prefixes=share_prefixes
+        )
+        train = open_rows(path)
     keys = divided.sizes.keys[np.unique(indices)]
     return Rows(
         train=train,
         validation=divided.validation,
-        lengths=lengths if packed is None else packed,
+        lengths=lengths if packed is None else packed.lengths,
         keys=keys,
         digest=f"sha256:{content}",
         counted=Preflight(
@@ -139,8 +144,9 @@ def load(
             files=sum(len(source.files) for group in sources.values() for source in group),
             skipped_files=sum(sum(source.skipped.values()) for group in sources.values() for source in group) or None,
             sources=_read_sources(sources, cached),
-            packed_sequences=None if packed is None else len(packed),
+            packed_sequences=None if packed is None else len(packed.lengths),
             tokens=int(lengths.sum()),
+            shared_tokens=(packed.shared or None) if packed is not None else None,
             target_tokens=int(divided.sizes.targets[indices].sum()),
         ),
     )

@@ -213,6 +213,8 @@ def summary_lines(preflight: Preflight) -> list[str]:
         if preflight.split_chats
         else []
     )
+    if preflight.shared_tokens:
+        split.append(f"    {preflight.shared_tokens} tokens that rows of a chat have in common are computed once")
     keys = ", ".join(f"{ignored.key} ({ignored.messages})" for ignored in preflight.ignored_keys or [])
     ignored = [f"    keys of messages that are not used: {keys}"] if keys else []
     skipped = [

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.dataset import Columns, DataFormat, DuplicateRows, Overlong, UnusableRows
 from tunesmith.api.finetunejob_status import DropReason
-from tunesmith_trainer.data.formats import records
+from tunesmith_trainer.data.formats import has_column, records
 from tunesmith_trainer.data.forms import (
     CHECKS,
     OPTIONAL,
+    PROMPT_FORMS,
     REQUIRED,
     SFT_FORMS,
     SFT_FORMS_IN_ORDER,
@@ -36,10 +37,10 @@ from tunesmith_trainer.data.report import joined
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from tunesmith.api.dataset import Dataset
-    from tunesmith_trainer.data.formats import Record
+    from tunesmith_trainer.data.formats import DataFile, Record
     from tunesmith_trainer.data.report import RowReport
     from tunesmith_trainer.data.sources import Source
 
@@ -106,7 +107,7 @@ def read(
     """
     reader = _Reader(dataset, report, forms)
     for number, source in enumerate(sources):
-        before = report.read
+        before, reader.files = report.read, source.files
         for file in source.files:
             for record in records(file, reader.wanted, MEDIA_COLUMNS):
                 row = reader.row(record, number)
@@ -145,8 +146,8 @@ class _Layout:
     Args:
         form: form of the rows.
         where: file and line of the first usable row.
-        chat: True if prompts and answers that are texts are turns of a chat, as there is a column with its system
-            prompt or with earlier turns.
+        chat: True if prompts and answers that are texts are turns of a chat, as some rows have a system prompt or
+            earlier turns in columns of their own.
     """
 
     form: RowForm
@@ -167,10 +168,15 @@ class _Reader:
     mismatches: list[str] = field(default_factory=list)
     mismatched: int = 0
     records: int = 0
+    files: Sequence[DataFile] = ()
+    """Files of the source that is read."""
+    context: frozenset[str] = frozenset()
+    """Columns of the system prompt and of earlier turns."""
 
     def __post_init__(self) -> None:
         given = self.dataset.columns.model_dump(exclude_none=True) if self.dataset.columns else {}
         self.names = {name: given.get(name, name) for name in Columns.model_fields}
+        self.context = frozenset((self.names["system"], self.names["history"]))
         self.report.missing_columns = given
         self.report.ignored_keys = self.origin.ignored
 
@@ -216,8 +222,8 @@ class _Reader:
             check_media(given)
         self.origin.columnar = record.columnar
         value = CHECKS[layout.form](given, self.names, self.origin)
-        if layout.chat or self.names["system"] in given or self.names["history"] in given:
-            value = self._with_context(value, given, layout)
+        if layout.form is not RowForm.TEXT and (layout.chat or not self.context.isdisjoint(given)):
+            value = self._with_context(value, given)
         if "tools" in value and isinstance(value.get("prompt"), str):
             raise RowError(f"has tools, but '{self.names['prompt']}' is a text: write it as messages")
         return value
@@ -264,21 +270,16 @@ class _Reader:
             form = RowForm(self.dataset.format.value)
             self._require(form, value, f" (dataset.format is {form}){self._suggestion(form, value)}")
         self._check_allowed(form, record.where)
-        chat = form is not RowForm.TEXT and (self.names["system"] in value or self.names["history"] in value)
+        chat = form in PROMPT_FORMS and (
+            not self.context.isdisjoint(value) or any(has_column(file, self.context) for file in self.files)
+        )
         return _Layout(form, record.where, chat)
 
-    def _with_context(self, value: dict[str, Any], given: dict[str, Any], layout: _Layout) -> dict[str, Any]:
+    def _with_context(self, value: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Return the row as a chat that begins with the system prompt and the earlier turns of its columns."""
-        if layout.form is RowForm.TEXT:
-            return value
         system, history = (self.names[name] for name in ("system", "history"))
         instructions = optional_text_of(given.get(system), f"'{system}'")
         turns = history_of(given.get(history), f"'{history}'", self.origin)
-        if not layout.chat:
-            if instructions is None and not turns:
-                return value
-            name = history if turns else system
-            raise RowError(f"has '{name}', which the rows from {layout.where} do not have: add it to all rows")
         result = {name: as_turns(part, name) for name, part in value.items()}
         begin = "messages" if "messages" in result else "prompt"
         result[begin] = after(instructions, turns, result[begin], f"'{system}'")

@@ -129,6 +129,8 @@ class ChatTemplate:
             ) from None
         # The same rows give the same tokens on every day, also for an attempt that resumes tomorrow.
         self._compiled.environment.globals["strftime_now"] = _TODAY.strftime
+        # Each rendering copies them, which takes longer from a chain of dictionaries than the usual chat's rendering.
+        self._compiled.globals = dict(self._compiled.globals)
 
     def texts(self, chat: Chat, learned: Sequence[int] | None, where: str) -> list[ChatText]:
         """Return the text of a chat with the answers that are learned.

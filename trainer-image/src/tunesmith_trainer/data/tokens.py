@@ -17,6 +17,7 @@ from tunesmith.api.finetunejob_status import DropReason
 from tunesmith_trainer.data.encoding import IGNORED, Tokens
 from tunesmith_trainer.data.forms import RowForm
 from tunesmith_trainer.data.packing import best_fit_decreasing
+from tunesmith_trainer.data.prefixes import trees_of
 from tunesmith_trainer.data.report import RowReport
 from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.errors import DatasetInvalidError
@@ -199,30 +200,55 @@ def measure(path: Path) -> Sizes:
     return Sizes(np.concatenate(lengths), np.concatenate(targets), longest, np.concatenate(keys))
 
 
-def pack(rows: Path, indices: IntArray, lengths: IntArray, capacity: int, path: Path) -> IntArray:
-    """Pack the rows at `indices` into sequences of at most `capacity` tokens; `seq_lengths` has the size of each row.
+@dataclass(frozen=True)
+class Packed:
+    """Rows packed into sequences.
+
+    Args:
+        lengths: tokens of each sequence.
+        shared: tokens of the rows that are not in the sequences again: those of prefixes that rows of a chat share.
+    """
+
+    lengths: IntArray
+    shared: int
+
+
+def pack(rows: Path, indices: IntArray, sizes: Sizes, capacity: int, path: Path, *, share_prefixes: bool) -> Packed:
+    """Pack the rows at `indices` into sequences of at most `capacity` tokens.
+
+    `seq_lengths` has the tokens of each row. If rows share prefixes, `prefix_lengths` has the tokens that precede each
+    of them in the last row without such a prefix.
 
     Args:
         rows: Arrow file of tokenised rows.
         indices: indices of the rows to pack; an index may appear more than once.
-        lengths: tokens of each of these rows.
+        sizes: sizes of all rows.
         capacity: tokens of a sequence.
         path: path of the Arrow file to write.
-
-    Returns:
-        Tokens of each sequence.
+        share_prefixes: True to write prefixes that rows of a chat share once.
     """
-    groups = best_fit_decreasing(lengths, capacity)
-    sizes = [int(lengths[group].sum()) for group in groups]
-    read = _Reader(rows).rows(indices[group].tolist() for group in groups)
-    with _Writer(path, paired=True) as writer:
-        for batch in _batched(iter(groups), _BATCH):
+    lengths, reader = sizes.lengths[indices], _Reader(rows)
+    keys = sizes.keys[indices] if share_prefixes else np.arange(len(indices), dtype=np.uint64)
+    trees = trees_of(keys, capacity, lambda chats: reader.rows(indices[chat].tolist() for chat in chats))
+    own = lengths[trees.rows] - trees.starts
+    groups = best_fit_decreasing(np.add.reduceat(own, trees.bounds[:-1]), capacity)
+    places = [trees.places(group) for group in groups]
+    read = reader.rows(indices[trees.rows[part]].tolist() for part in places)
+    shared = int(trees.starts.sum())
+    with _Writer(path, paired=True, shared=shared > 0) as writer:
+        for batch in _batched(iter(places), _BATCH):
             ids, labels = [], []
-            for parts in itertools.islice(read, len(batch)):
-                ids.append(np.concatenate([part for part, _ in parts]))
-                labels.append(np.concatenate([_first_ignored(part) for _, part in parts]))
-            writer.write_columns([_lists(ids), _lists(labels), _lists([lengths[group] for group in batch])])
-    return np.asarray(sizes, np.int64)
+            for part, content in zip(batch, itertools.islice(read, len(batch)), strict=True):
+                starts = trees.starts[part].tolist()
+                ids.append(np.concatenate([row[start:] for start, (row, _) in zip(starts, content, strict=True)]))
+                labels.append(
+                    np.concatenate(
+                        [_first_ignored(row[start:]) for start, (_, row) in zip(starts, content, strict=True)]
+                    )
+                )
+            columns = [_lists(ids), _lists(labels), _lists([own[part] for part in batch])]
+            writer.write_columns([*columns, *([_lists([trees.starts[part] for part in batch])] if shared else [])])
+    return Packed(np.asarray([int(own[part].sum()) for part in places], np.int64), shared)
 
 
 def _first_ignored(labels: IntArray) -> IntArray:
@@ -283,12 +309,21 @@ class _Writer:
     Args:
         path: path of the file.
         paired: True if the rows have `seq_lengths`.
+        shared: True if the rows have `prefix_lengths`.
         unpaired: True if the rows have `desirable`.
         keyed: True if the rows have `key`.
     """
 
-    def __init__(self, path: Path, *, paired: bool = False, unpaired: bool = False, keyed: bool = False) -> None:
-        names = ["input_ids", "labels", *(["seq_lengths"] if paired else [])]
+    def __init__(
+        self,
+        path: Path,
+        *,
+        paired: bool = False,
+        shared: bool = False,
+        unpaired: bool = False,
+        keyed: bool = False,
+    ) -> None:
+        names = ["input_ids", "labels", *(["seq_lengths"] if paired else []), *(["prefix_lengths"] if shared else [])]
         fields = [pa.field(name, pa.list_(pa.int32())) for name in names]
         fields += [pa.field("desirable", pa.bool_())] if unpaired else []
         fields += [pa.field(_KEY, pa.uint64())] if keyed else []

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.api.methods.fields import Quantization
     from tunesmith_trainer.methods.config import MethodPlan
 
-_INITIALIZATION_ROWS = 256
+INITIALIZATION_ROWS = 256
 """Maximum number of training rows that an initialisation reads."""
 
 
@@ -145,7 +145,7 @@ def _measure_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Datase
 
 def _batches(rows: Dataset, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the first rows in order, one sequence at a time."""
-    for index in range(min(len(rows), _INITIALIZATION_ROWS)):
+    for index in range(min(len(rows), INITIALIZATION_ROWS)):
         row = rows[index]
         start = 0
         for size in row.get("seq_lengths") or [len(row["input_ids"])]:

@@ -13,6 +13,7 @@ from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data
 from tunesmith_trainer.base_model import model
+from tunesmith_trainer.base_model.layers import can_share_prefixes
 from tunesmith_trainer.base_model.stored import stored_quantization
 from tunesmith_trainer.data.forms import FORMS
 from tunesmith_trainer.data.loading import load as load_rows
@@ -140,7 +141,7 @@ def prepare(
             planned = with_scales(planned, start)
         check_method(start, planned, spec.method, base.modules)
         planned = replace(planned, identity=False, start=start.folder)
-    rows = _rows(spec, base, stores, work, tokens, write_line)
+    rows = _rows(spec, base, planned, stores, work, tokens, write_line)
     check_tokens(planned.config, rows.train)
     examples = _examples(spec, base, stores, work)
     own = _own_tasks(spec, before, stores, work, write_line)
@@ -236,6 +237,7 @@ def _fingerprint(spec: FineTuneJobSpec, folder: ModelFolder) -> str:
 def _rows(
     spec: FineTuneJobSpec,
     base: _Base,
+    planned: MethodPlan,
     stores: Stores,
     work: Path,
     tokens: Folder | None,
@@ -244,6 +246,8 @@ def _rows(
     """Return the job's rows, tokenised."""
     dataset = spec.dataset
     encoder = data.Encoder(base.tokenizer, base.ends, chat_template=dataset.chat_template, loss_on=dataset.loss_on)
+    # Tokens of a method precede each row, which therefore has to be whole.
+    whole = planned.config is not None and planned.config.is_prompt_learning
     return load_rows(
         dataset,
         stores,
@@ -253,6 +257,7 @@ def _rows(
         tokenizer=_tokenizer_digest(base.folder, base.ends),
         seed=spec.hyperparameters.seed,
         context=base.context,
+        share_prefixes=can_share_prefixes(base.config) and not whole,
         store=tokens,
         write_line=write_line,
     )

@@ -52,6 +52,7 @@ def segment_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     sequence_bounds: Sequence[int] | None = None,
     sliding_window: int | None = None,
+    shared_prefixes: Sequence[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each sequence: the work grows with the sequences' own lengths.
@@ -68,6 +69,7 @@ def segment_attention(
         sequence_bounds: the same bounds on the host, if known: reading them from a GPU would synchronise at every
             layer.
         sliding_window: tokens that a token attends to, itself included.
+        shared_prefixes: start and end of the tokens that precede each sequence, in an earlier one; None: nothing does.
         kwargs: arguments of other implementations: some are refused, the others do not apply.
 
     Raises:
@@ -82,17 +84,24 @@ def segment_attention(
     if bounds is None:
         bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     parts = []
-    for start, end in itertools.pairwise(bounds):
+    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+        first, last = (start, start) if shared_prefixes is None else shared_prefixes[number]
+        prefix = last - first
+        tokens = prefix + end - start
         mask = None
-        if sliding_window is not None and end - start > sliding_window:
-            positions = torch.arange(end - start, device=query.device)
-            distance = positions[:, None] - positions[None]
-            mask = (distance >= 0) & (distance < sliding_window)
+        if prefix or (sliding_window is not None and tokens > sliding_window):
+            positions = torch.arange(tokens, device=query.device)
+            distance = positions[prefix:, None] - positions[None]
+            mask = (distance >= 0) & (distance < (tokens if sliding_window is None else sliding_window))
+        keys, values = key[:, :, start:end], value[:, :, start:end]
+        if prefix:
+            keys = torch.cat([key[:, :, first:last], keys], dim=2)
+            values = torch.cat([value[:, :, first:last], values], dim=2)
         parts.append(
             functional.scaled_dot_product_attention(
                 query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
+                keys,
+                values,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None,
@@ -112,7 +121,11 @@ def varlen_attention(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None,
+    sequence_bounds: Sequence[int] | None = None,
     sliding_window: int | None = None,
+    shared_prefixes: Sequence[tuple[int, int]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute the same as `segment_attention` in one call of PyTorch's FlashAttention for sequences of any length.
@@ -127,7 +140,11 @@ def varlen_attention(
         scaling: factor of the scores; None: 1 / √width.
         cu_seq_lens_q: bounds of the sequences, int32, on the device; None: one sequence.
         max_length_q: tokens of the longest sequence; None: all tokens.
+        cu_seq_lens_k: bounds of the sequences with their shared prefixes.
+        max_length_k: tokens of the longest of these.
+        sequence_bounds: the bounds of the sequences on the host, which shared prefixes need.
         sliding_window: tokens that a token attends to, itself included.
+        shared_prefixes: start and end of the tokens that precede each sequence, in an earlier one; None: nothing does.
         kwargs: arguments of other implementations: some are refused, the others do not apply.
 
     Raises:
@@ -147,12 +164,21 @@ def varlen_attention(
     if bounds is None:
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=query.device)
     longest = tokens if cu_seq_lens_q is None or max_length_q is None else max_length_q
+    key_bounds, longest_key = bounds, longest
+    if shared_prefixes is not None:
+        assert sequence_bounds is not None  # noqa: S101 - a batch has all of these
+        assert cu_seq_lens_k is not None  # noqa: S101
+        assert max_length_k is not None  # noqa: S101
+        own = itertools.pairwise(sequence_bounds)
+        spans = [span for pair in zip(shared_prefixes, own, strict=True) for span in pair]
+        rows[1:] = [torch.cat([part[start:end] for start, end in spans]) for part in rows[1:]]
+        key_bounds, longest_key = cu_seq_lens_k, max_length_k
     attended = varlen_attn(
         *rows,
         bounds,
-        bounds,
+        key_bounds,
         longest,
-        longest,
+        longest_key,
         scale=scaling,
         # Tokens to the left of the token, and to its right; -1: all.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),

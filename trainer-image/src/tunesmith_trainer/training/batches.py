@@ -6,6 +6,7 @@ the loss is a sum over target tokens divided by those of the whole step, so neit
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 
 from tunesmith_trainer.data import IGNORED
+from tunesmith_trainer.data.prefixes import sequences
 from tunesmith_trainer.training.objectives import DESIRABLE, StepObjective, SupervisedObjective
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from datasets import Dataset
     from numpy.typing import NDArray
 
     from tunesmith_trainer.training.objectives import Row
@@ -137,6 +139,7 @@ class Collator:
         rank: rank of this process.
         ranks: number of ranks.
         objective: counts the divisors of its terms.
+        shares_prefixes: True if the model computes prefixes that packed rows share once; otherwise each row is whole.
     """
 
     size: int
@@ -145,9 +148,12 @@ class Collator:
     rank: int = 0
     ranks: int = 1
     objective: StepObjective = field(default_factory=SupervisedObjective)
+    shares_prefixes: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Step]:
         """Return the rank's share of a step, under the key `step`: a Trainer accepts mappings only."""
+        if not self.shares_prefixes:
+            rows = [part for row in rows for part in without_shared_prefixes(row)]
         return {
             "step": Step(
                 micro_batches=self._micro_batches(rows),
@@ -168,6 +174,36 @@ class Collator:
         if DESIRABLE in rows[0]:
             batch[DESIRABLE] = torch.tensor([bool(row[DESIRABLE]) for row in rows])
         return batch
+
+
+def without_shared_prefixes(row: Row) -> list[Row]:
+    """Return a packed row as rows that share no prefixes, each of at most as many tokens."""
+    if "prefix_lengths" not in row:
+        return [row]
+    parts: list[list[tuple[Any, Any]]] = []
+    room = 0
+    for ids, labels in sequences(row):
+        if len(ids) > room:
+            parts.append([])
+            room = len(row["input_ids"])
+        parts[-1].append((ids, labels))
+        room -= len(ids)
+    return [
+        {
+            "input_ids": np.concatenate([ids for ids, _ in part]),
+            "labels": np.concatenate([labels for _, labels in part]),
+            "seq_lengths": [len(ids) for ids, _ in part],
+        }
+        for part in parts
+    ]
+
+
+def first_whole_rows(rows: Dataset, count: int) -> Dataset:
+    """Return the first `count` rows without shared prefixes; all rows if there are no such prefixes."""
+    if "prefix_lengths" not in rows.column_names:
+        return rows
+    first = rows.select(range(min(count, len(rows)))).with_format("numpy")
+    return Dataset.from_list([part for row in first for part in without_shared_prefixes(row)])
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -205,7 +241,7 @@ def row_without_targets(row: Row) -> Row:
 
 
 def _padded(rows: Sequence[Row], pad: int) -> dict[str, Any]:
-    pieces = [piece for row in rows for piece in _sequences(row)]
+    pieces = [piece for row in rows for piece in sequences(row)]
     longest = max(len(ids) for ids, _ in pieces)
     ids = torch.full((len(pieces), longest), pad)
     labels = torch.full((len(pieces), longest), IGNORED)
@@ -220,9 +256,9 @@ def _padded(rows: Sequence[Row], pad: int) -> dict[str, Any]:
 
 
 def _flat(rows: Sequence[Row]) -> dict[str, Any]:
-    pieces = [piece for row in rows for piece in _sequences(row)]
+    pieces = [piece for row in rows for piece in _stored_sequences(row)]
     sizes = [len(ids) for ids, _ in pieces]
-    bounds = torch.tensor([0, *np.cumsum(sizes).tolist()], dtype=torch.int32)
+    bounds = _bounds(sizes)
     ids = torch.cat([torch.as_tensor(ids) for ids, _ in pieces]).long()
     labels = torch.cat([torch.as_tensor(labels) for _, labels in pieces]).long()
     labels[bounds[:-1].long()] = IGNORED  # the token before a sequence does not predict its first
@@ -235,11 +271,38 @@ def _flat(rows: Sequence[Row]) -> dict[str, Any]:
         "max_length_q": max(sizes),
         "max_length_k": max(sizes),
         "sequence_bounds": tuple(bounds.tolist()),
+    } | _shared_prefixes(rows, sizes)
+
+
+def _shared_prefixes(rows: Sequence[Row], sizes: Sequence[int]) -> dict[str, Any]:
+    """Return what differs in a batch if sequences continue a prefix of an earlier one."""
+    prefixes = [int(size) for row in rows for size in row.get("prefix_lengths", [0] * len(row.get("seq_lengths", [0])))]
+    if not any(prefixes):
+        return {}
+    begins = [0, *itertools.accumulate(sizes)][:-1]
+    trunks = list(itertools.accumulate(zip(begins, prefixes, strict=True), _trunk))
+    keys = [prefix + size for prefix, size in zip(prefixes, sizes, strict=True)]
+    return {
+        "position_ids": torch.cat([torch.arange(prefix, end) for prefix, end in zip(prefixes, keys, strict=True)])[
+            None
+        ],
+        "cu_seq_lens_k": _bounds(keys),
+        "max_length_k": max(keys),
+        "shared_prefixes": tuple((begin, begin + prefix) for (begin, _), prefix in zip(trunks, prefixes, strict=True)),
     }
 
 
-def _sequences(row: Row) -> Iterator[tuple[Any, Any]]:
-    """Yield the sequences of a row: itself, or those of a packed row."""
+def _trunk(before: tuple[int, int], sequence: tuple[int, int]) -> tuple[int, int]:
+    """Return the last sequence that continues no other one."""
+    return before if sequence[1] else sequence
+
+
+def _bounds(sizes: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+
+
+def _stored_sequences(row: Row) -> Iterator[tuple[Any, Any]]:
+    """Yield the sequences of a row: itself, or those of a packed row, without prefixes that they share."""
     start = 0
     sizes = row.get("seq_lengths")
     for size in [len(row["input_ids"])] if sizes is None else sizes:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from tunesmith_trainer.base_model.layers import mixes_tokens_by_attention
 from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.training.attention import Attention, has_varlen_kernel, use_attention
-from tunesmith_trainer.training.batches import Collator, Layout, on_device
+from tunesmith_trainer.training.batches import Collator, Layout, on_device, without_shared_prefixes
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _TOLERANCE = {torch.float32: 1e-4}
 _ROUNDED_TOLERANCE = 2e-2
 """Relative tolerance for types with fewer digits."""
 _ROW_TOKENS = 12
+_BRANCH_TOKENS = 9
 _UNSUPPORTED_ERRORS = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """Errors raised by implementations that a model does not support."""
 
@@ -92,6 +94,8 @@ def choose_loss_implementation(model: PeftModel, base: PreTrainedModel) -> LossI
     row = {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
     tolerated = tolerance(base)
     candidates = loss_implementations(model.device, product_type(base))
+    if not mixes_tokens_by_attention(type(base), base.config):
+        candidates = [candidate for candidate in candidates if candidate.attention is None]
     reasons = []
     with _evaluation_mode(model):
         expected = _loss_alone(model, ids)
@@ -118,6 +122,33 @@ def choose_loss_implementation(model: PeftModel, base: PreTrainedModel) -> LossI
         f"the loss of a row depends on the other rows of its micro-batch in a {type(base).__name__} "
         f"({'; '.join(reasons)}): this base model cannot be trained in batches; use another one"
     )
+
+
+def shares_prefixes(model: PeftModel, base: PreTrainedModel, implementation: LossImplementation) -> bool:
+    """Return True if rows have the same losses after a prefix that they share as after their own copy of it.
+
+    Args:
+        model: base with adapter.
+        base: the model inside it.
+        implementation: the implementation that was chosen for it.
+    """
+    if implementation.layout is not Layout.FLAT:
+        return False
+    tokens = (torch.arange(3, 3 + 2 * _ROW_TOKENS) * 7 % base.config.get_text_config().vocab_size).tolist()
+    size = 2 * _ROW_TOKENS - _BRANCH_TOKENS
+    row = {
+        "input_ids": tokens,
+        "labels": [IGNORED, *tokens[1:size], IGNORED, *tokens[size + 1 :]],
+        "seq_lengths": [size, _BRANCH_TOKENS],
+        "prefix_lengths": [0, size // 2],
+    }
+    collate = Collator(size=2, pad=0, layout=implementation.layout)
+    with _evaluation_mode(model), implementation.use_attention(base):
+        shared, whole = (
+            model(**on_device(collate.join(rows), model.device), target_loss=True).each
+            for rows in ([row], without_shared_prefixes(row))
+        )
+    return bool(((shared - whole).abs() <= tolerance(base) * whole.abs()).all())
 
 
 def _training_error(

@@ -30,16 +30,16 @@ from tunesmith_trainer.errors import (
 )
 from tunesmith_trainer.evaluation import gates, generation, harness
 from tunesmith_trainer.methods import hooks
-from tunesmith_trainer.methods.wrap import wrap
+from tunesmith_trainer.methods.wrap import INITIALIZATION_ROWS, wrap
 from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.training.arguments import arguments
-from tunesmith_trainer.training.batches import Collator, StepPlan, row_lengths
+from tunesmith_trainer.training.batches import Collator, StepPlan, first_whole_rows, row_lengths
 from tunesmith_trainer.training.best import BestWeights
 from tunesmith_trainer.training.compilation import compile_layers
 from tunesmith_trainer.training.determinism import run_deterministically
 from tunesmith_trainer.training.device import choose_device, emulates_bfloat16
 from tunesmith_trainer.training.held_out import held_out_loss
-from tunesmith_trainer.training.layout import choose_loss_implementation
+from tunesmith_trainer.training.layout import choose_loss_implementation, shares_prefixes
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.loss_scale import LossScale
@@ -211,7 +211,8 @@ def _load(run: Run) -> tuple[PreTrainedModel, PeftModel]:
         )
 
     steps = resolved.total_steps or 0
-    return base, wrap(base, prepared.planned, prepared.train, method, steps, shard if run.sharded else None)
+    rows = first_whole_rows(prepared.train, INITIALIZATION_ROWS)
+    return base, wrap(base, prepared.planned, rows, method, steps, shard if run.sharded else None)
 
 
 def _configure_computation(run: Run, base: PreTrainedModel, peft_model: PeftModel) -> tuple[LossImplementation, bool]:
@@ -275,6 +276,7 @@ def _build_session(
         objective=objective,
         rank=ranks.rank,
         ranks=ranks.size,
+        shares_prefixes=_shares_prefixes(run, base, peft_model, implementation),
     )
     curve: list[CurvePoint] = []
     progress_callback = ProgressCallback(run.progress, run.reporter, curve, run.device)
@@ -324,6 +326,21 @@ def _build_session(
 
         trainer.add_callback(Scoring(every, score, progress_callback, keep, stop))
     return session
+
+
+def _shares_prefixes(
+    run: Run, base: PreTrainedModel, peft_model: PeftModel, implementation: LossImplementation
+) -> bool:
+    """Return True if all ranks compute prefixes that packed rows share once; report if they cannot."""
+    if not run.prepared.preflight.shared_tokens:
+        return False
+    cannot = not shares_prefixes(peft_model, base, implementation)
+    if not run.ranks.any(cannot)[0]:
+        return True
+    run.progress.write_line(
+        f"  the attention of a {type(base).__name__} cannot share prefixes: they are computed for each row"
+    )
+    return False
 
 
 def _held_out_loss(run: Run, session: _Session, *, adapter: bool) -> float:

@@ -31,7 +31,8 @@ class EmbeddingNoise:
         ids = batch["input_ids"]
         if "cu_seq_lens_q" in batch:
             sizes = batch["cu_seq_lens_q"].diff()
-            self._tokens = sizes.repeat_interleave(sizes)[None]
+            # The tokens that a sequence shares with another one are among its own.
+            self._tokens = batch["cu_seq_lens_k"].diff().repeat_interleave(sizes)[None]
         elif "attention_mask" in batch:
             self._tokens = batch["attention_mask"].sum(dim=1, keepdim=True).expand_as(ids)
         else:
