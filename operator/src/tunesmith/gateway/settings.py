@@ -40,7 +40,9 @@ class GatewaySettings(Limits, ClusterSettings):
     """Port for clients; 0: any free port."""
     internal_port: Annotated[_Port, _POD] = GATEWAY_INTERNAL_PORT
     """Port for demand, metrics and probes; 0: any free port."""
-    replicas: Annotated[int, Field(ge=1, le=1000), ChartValue("gateway.replicas", "toString .Values.gateway.replicas")] = 1
+    replicas: Annotated[
+        int, Field(ge=1, le=1000), ChartValue("gateway.replicas", "toString .Values.gateway.replicas")
+    ] = 1
     """Number of gateways that share the limits of API keys."""
     engine_port: Annotated[_Port, _POOLS] = ENGINE_PORT
     """Port of the engines."""
