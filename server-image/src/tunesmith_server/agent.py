@@ -22,6 +22,7 @@ from tunesmith_server.engine import (
 )
 from tunesmith_server.guard import Guard
 from tunesmith_server.lora import UnfitAdapterError
+from tunesmith_server.parity import ParityChecks
 from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Loads, PodObservation, plan
 from tunesmith_server.retention import Retention
 from tunesmith_server.store import StoreError
@@ -94,6 +95,7 @@ class Agent:
             hang_seconds=settings.hang_seconds,
             stall_seconds=settings.stall_seconds,
         )
+        self._parity = ParityChecks(engine, settings.adapters, settings.state, self._wake.set)
         self.state = PodState(base_model_fingerprint=fingerprint)
 
     async def put(self, wanted: DesiredAdapters) -> None:
@@ -169,6 +171,7 @@ class Agent:
                     pass
         finally:
             self._guard.close()
+            self._parity.close()
             self._fetcher.close()
             for task in self._downloads.values():
                 task.cancel()
@@ -177,6 +180,7 @@ class Agent:
         await self._observe()
         if not self._draining:
             await self._guard.step(self._snapshot, time.monotonic())
+            self._check_parity()
         await self._publish()
         if self._draining:
             if self._snapshot is not None and not self._snapshot.state.draining:
@@ -198,6 +202,10 @@ class Agent:
             await self._guard.step(self._snapshot, time.monotonic())
             await self._publish()
         await self._remove_unused()
+
+    def _check_parity(self) -> None:
+        usable = self._snapshot if self._guard.ready and not self._guard.problem else None
+        self._parity.step(usable, self._wanted(), self._guard.unverified, time.monotonic())
 
     async def _remove_unused(self) -> None:
         """Remove the files that the engine can no longer read."""
@@ -280,6 +288,7 @@ class Agent:
             unverified=self._guard.unverified,
             sizes=self._sizes,
             loads=self._loads,
+            parity=self._parity.results,
         )
 
     def _refused_failures(self) -> dict[str, Failure]:
@@ -313,6 +322,7 @@ class Agent:
 
     async def _load(self, adapter: DesiredAdapter) -> None:
         name, started = adapter.engine_name, time.monotonic()
+        self._parity.forget(name)
         folder = str(adapter_folder(self._settings.adapters, adapter.digest))
         try:
             await self._engine.load(name, folder)

@@ -21,6 +21,7 @@ from tunesmith.contracts.artifact import (
     parse_manifest,
 )
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name, namespace_of_artifact
+from tunesmith.contracts.parity import MAX_PARITY_BYTES, PARITY_FILE, PARITY_ROWS_FILE, parse_parity
 from tunesmith.contracts.safetensors import LENGTH_BYTES
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, LoraConfig
 from tunesmith_server.lora import (
@@ -33,6 +34,7 @@ from tunesmith_server.lora import (
     check_values,
     weight_bounds,
 )
+from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -156,6 +158,10 @@ def fetch_artifact(
     with steps.checking():
         manifest = check_manifest(manifest_bytes, adapter.digest, limits, bounds)
     config_bytes = _small_file(source, ADAPTER_CONFIG, manifest.files[ADAPTER_CONFIG])
+    parities = _parity_files(source, manifest)
+    with steps.checking():
+        for name, document in parities.items():
+            _check_parity(document, name)
     weights = manifest.files[ADAPTER_WEIGHTS]
     start = source.read(ADAPTER_WEIGHTS, 0, LENGTH_BYTES)
     length = check_length(start, weights.size_bytes, bounds)
@@ -177,6 +183,8 @@ def fetch_artifact(
             raise _changed(ADAPTER_WEIGHTS)
         (incoming / ADAPTER_CONFIG).write_bytes(config_bytes)
         (incoming / ARTIFACT_MANIFEST).write_bytes(manifest_bytes)
+        for name, document in parities.items():
+            (incoming / name).write_bytes(document)
         with steps.checking():
             modules = _modules_of(incoming / ADAPTER_WEIGHTS, config, limits.base, bounds)
             check_values(incoming / ADAPTER_WEIGHTS, modules, config, limits.base, limits.max_ratio)
@@ -191,6 +199,30 @@ def _small_file(source: ArtifactSource, name: str, entry: ArtifactFile) -> bytes
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise _changed(name)
     return data
+
+
+def _parity_files(source: ArtifactSource, manifest: ArtifactManifest) -> dict[str, bytes]:
+    """Return the artifact's files with expected answers; a copy of an artifact lacks the one with rows."""
+    found = {}
+    for name in (PARITY_FILE, PARITY_ROWS_FILE):
+        entry = manifest.files.get(name)
+        if entry is None:
+            continue
+        if entry.size_bytes > MAX_PARITY_BYTES:
+            raise UnfitAdapterError(f"{name} has {entry.size_bytes} bytes; at most {MAX_PARITY_BYTES} are read")
+        try:
+            found[name] = _small_file(source, name, entry)
+        except StoreError as error:
+            if error.outage or name != PARITY_ROWS_FILE:
+                raise
+    return found
+
+
+def _check_parity(document: bytes, name: str) -> None:
+    try:
+        parse_parity(document, name)
+    except ValueError as error:
+        raise UnfitAdapterError(str(error)) from None
 
 
 def _modules_of(path: Path, config: LoraConfig, base: BaseWeights, bounds: WeightBounds) -> Modules:

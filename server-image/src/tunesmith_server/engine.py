@@ -70,6 +70,7 @@ class EngineAdapters(BaseModel):
         memory_bytes: size of the engine's cache of adapters.
         memory_limit_bytes: highest size of that cache; None: unlimited.
         reloads: number of times that the engine read an adapter's files again.
+        data_type: data type of the engine's weights, or their quantisation; empty: unknown.
         registered: path of every adapter that accepts requests, by name; None: as in the version that the agent has.
         leaving: paths of unloaded adapters that the engine may still read.
     """
@@ -83,6 +84,7 @@ class EngineAdapters(BaseModel):
     memory_bytes: int = 0
     memory_limit_bytes: int | None = None
     reloads: int = 0
+    data_type: str = ""
     registered: dict[str, str] | None = None
     leaving: list[str] | None = None
 
@@ -214,14 +216,18 @@ class EngineClient:
         """
         await self._call_json("POST", "/tunesmith/drain")
 
-    async def complete(self, body: dict[str, object]) -> str:
+    async def complete(self, body: dict[str, object], path: str = "/v1/completions") -> str:
         """Send a completion request of the agent and return the reply's text, also for a server error.
+
+        Args:
+            body: the request.
+            path: route of the request.
 
         Raises:
             RequestRefusedError: the engine refuses the request.
             EngineDownError: the engine does not answer.
         """
-        status, text = await self._call("POST", "/v1/completions", COMPLETE_SECONDS, body, shorten=False)
+        status, text = await self._call("POST", path, COMPLETE_SECONDS, body, shorten=False)
         if status != 200:  # noqa: PLR2004 - HTTP
             log.warning("the engine answers %d to a request of the agent: %s", status, _message(text))
         if 400 <= status < 500:  # noqa: PLR2004 - HTTP

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tunesmith.contracts.agent import DesiredAdapter, Residency, ResidencyState
+from tunesmith.api.parity import ParityMode, ParityVerdict
+from tunesmith.contracts.agent import AdapterParity, DesiredAdapter, Residency, ResidencyState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,6 +61,7 @@ class PodObservation:
         unverified: loaded adapters that get no requests until their canary has passed.
         sizes: bytes of the files of each revision on this pod, by digest.
         loads: loads of each revision into the engine, by engine name.
+        parity: results of the parity checks, by engine name.
     """
 
     now: float
@@ -74,6 +76,7 @@ class PodObservation:
     unverified: frozenset[str] = frozenset()
     sizes: Mapping[str, int] = field(default_factory=dict)
     loads: Mapping[str, Loads] = field(default_factory=dict)
+    parity: Mapping[str, AdapterParity] = field(default_factory=dict)
 
 
 @dataclass
@@ -133,7 +136,7 @@ def _next_action(adapter: DesiredAdapter, observed: PodObservation, free: int) -
     if loaded is not None and loaded == path:
         if adapter.engine_name in observed.unverified:
             return _residency(adapter, ResidencyState.LOADING, "it is loaded, and the canary has not passed yet"), ""
-        return _residency(adapter, ResidencyState.RESIDENT), ""
+        return _loaded(adapter, observed.parity.get(adapter.engine_name)), ""
     if failure is not None and (failure.permanent or observed.now < failure.retry_at):
         return _residency(adapter, ResidencyState.FAILED, failure.message, permanent=failure.permanent), ""
     if path is None:
@@ -144,6 +147,21 @@ def _next_action(adapter: DesiredAdapter, observed: PodObservation, free: int) -
     if loaded is not None or free <= 0:
         return _residency(adapter, ResidencyState.LOADING, "the engine has not removed an unloaded adapter yet"), ""
     return _residency(adapter, ResidencyState.LOADING), "load"
+
+
+def _loaded(adapter: DesiredAdapter, parity: AdapterParity | None) -> Residency:
+    """Return the state of a loaded adapter, which receives requests once it is resident."""
+    if adapter.parity is ParityMode.OFF:
+        return _residency(adapter, ResidencyState.RESIDENT)
+    passed = parity is not None and parity.verdict is ParityVerdict.PASSED
+    if adapter.parity is ParityMode.REPORT or passed:
+        found = _residency(adapter, ResidencyState.RESIDENT)
+    elif parity is None or parity.verdict is ParityVerdict.UNFINISHED:
+        reason = f": {parity.message}" if parity is not None else ""
+        found = _residency(adapter, ResidencyState.LOADING, f"it is loaded, and parity is required{reason}")
+    else:
+        found = _residency(adapter, ResidencyState.FAILED, f"parity is required, and {parity.message}", permanent=True)
+    return found.model_copy(update={"parity": parity})
 
 
 def _with_figures(residency: Residency, observed: PodObservation) -> Residency:

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 from tunesmith.api.conditions import Condition
 from tunesmith.api.continue_from import FineTuneJobReference
 from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel
+from tunesmith.api.parity import ParityMode, RevisionParity
 from tunesmith.api.servingpool import MAX_LISTED_PODS, MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
 
 
@@ -69,6 +70,12 @@ class AdapterDeploymentSpec(ApiModel):
     autoscaling: AdapterAutoscaling | None = Field(
         default=None, description="Autoscaling of the replicas. Absent: replicas is used."
     )
+    parity: ParityMode = Field(
+        default=ParityMode.REPORT,
+        description="Comparison of the engine's answers with those that were recorded after training, after each load. "
+        "Required: a pod gets no requests for the adapter until they agree. Report: the result is in the status. Off: "
+        "they are not compared.",
+    )
 
 
 class RevisionState(StrEnum):
@@ -112,6 +119,9 @@ class Revision(StatusModel):
         max_length=MAX_LISTED_PODS,
         description=f"Pods on which the revision is resident; the first {MAX_LISTED_PODS}.",
     )
+    parity: RevisionParity | None = Field(
+        default=None, description="Result of the parity check. Absent: it is off, or no pod has finished it."
+    )
 
 
 class AdapterPhase(StrEnum):
@@ -137,7 +147,8 @@ class AdapterDeploymentStatus(StatusModel):
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Conditions: Resolved, Ready, Progressing and, with autoscaling, ScalingActive.",
+        description="Conditions: Resolved, Ready, Progressing and, unless parity is Off, Parity; with autoscaling, "
+        "ScalingActive.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="Observed metadata.generation.")
@@ -148,6 +159,12 @@ class AdapterDeploymentStatus(StatusModel):
     revisions: list[Revision] = Field(default_factory=list, max_length=8, description="Revisions, newest first.")
     desired_replicas: int | None = Field(default=None, description="Desired number of pods with the adapter.")
     desired_reason: str | None = Field(default=None, max_length=1024, description="Reason for desiredReplicas.")
+    parity: str | None = Field(
+        default=None,
+        max_length=32,
+        description="Distance and gap of the newest revision's parity check, in nats, such as 0.004 of 2.1; after "
+        "that, the verdict unless it is Passed.",
+    )
     replicas: int | None = Field(default=None, description="Number of pods with the adapter.")
     ready_replicas: int | None = Field(default=None, description="Number of ready pods with the adapter.")
     selector: str | None = Field(

@@ -122,6 +122,7 @@ class AdapterDeploymentCondition(ConditionType):
     RESOLVED = "Resolved", "True if the artifact and a pool for it were found."
     READY = "Ready", "True while requests for the model are answered."
     PROGRESSING = "Progressing", "True while a revision is being loaded."
+    PARITY = "Parity", "Unless spec.parity is Off: True if the engine answers as the trained model."
     SCALING_ACTIVE = "ScalingActive", "With autoscaling: True if every gateway reports its demand."
 
 
@@ -331,6 +332,17 @@ class AdapterDeploymentReason(Reason):
     REVISION_FAILED = _warning(
         "RevisionFailed", "The newest revision cannot be loaded. The message contains the cause."
     )
+    PARITY_PASSED = _normal("ParityPassed", "The engine answers as the trained model.")
+    PARITY_FAILED = _warning(
+        "ParityFailed",
+        "The engine's answers differ from the trained model's, or parity is Required and they could not be compared. "
+        "The message contains the cause.",
+    )
+    PARITY_UNDECIDED = _normal(
+        "ParityUndecided", "Adapter and base model answer too similarly to tell whether the engine applies the adapter."
+    )
+    PARITY_NOT_RECORDED = _normal("ParityNotRecorded", "The artifact has no expected answers.")
+    PARITY_PENDING = _detail("ParityPending", "No pod has compared the newest revision's answers.")
     POOL_NOT_READY = _normal("PoolNotReady", "No pod of the pool is ready.")
     AGENT_SILENT = _warning("AgentSilent", "The agent of a pod that had the adapter does not report.")
     POOL_FULL = _warning("PoolFull", "No pod of the pool has room for the adapter (engine.maxAdapters).")

@@ -120,6 +120,7 @@ KINDS = (
             Column("Want", "integer", ".status.desiredReplicas", "Desired number of pods with the adapter."),
             _AGE,
             Column("Pool", "string", ".status.pool.name", "ServingPool that serves the adapter.", wide=True),
+            Column("Parity", "string", ".status.parity", "Distance and gap of the parity check, in nats.", wide=True),
             Column("Model", "string", ".status.model", "Global ID of the model.", wide=True),
             Column("URL", "string", ".status.url", "Endpoint for clients.", wide=True),
             _WHY,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from tunesmith.api.model import StatusModel
+from tunesmith.api.parity import ParityMode, ParityVerdict
 from tunesmith.api.servingpool import MAX_DESIRED_ADAPTERS
 from tunesmith.contracts.crash import MAX_POD_CRASHES, EngineCrash
 
@@ -161,11 +162,12 @@ Message = Annotated[str, BeforeValidator(lambda text: text[:MAX_MESSAGE] if isin
 
 
 class DesiredAdapter(_WireModel):
-    """Desired revision of a pod."""
+    """Desired revision of a pod. `parity`: with `Required` it is reported as resident only after its check passed."""
 
     engine_name: EngineName
     digest: Digest
     uri: str = Field(max_length=2048)
+    parity: ParityMode = ParityMode.REPORT
 
 
 class DesiredAdapters(_WireModel):
@@ -178,7 +180,12 @@ class DesiredAdapters(_WireModel):
 
 def list_digest(adapters: Iterable[DesiredAdapter]) -> str:
     """Return the digest of a list; the operator compares it to check that an agent has the list that it sent."""
-    lines = sorted(f"{adapter.engine_name}\0{adapter.digest}\0{adapter.uri}" for adapter in adapters)
+    lines = sorted(
+        f"{adapter.engine_name}\0{adapter.digest}\0{adapter.uri}"
+        # Agents of earlier releases ignore the field, and their digest must agree wherever it has its default.
+        + ("" if adapter.parity is ParityMode.REPORT else f"\0{adapter.parity}")
+        for adapter in adapters
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -192,12 +199,24 @@ class ResidencyState(StrEnum):
     FAILED = "Failed"
 
 
+class AdapterParity(_WireModel):
+    """Result of the parity check of a revision on one pod. Distances are in nats; None: not measured."""
+
+    verdict: ParityVerdict
+    distance: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    base_distance: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    gap: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    tolerance: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    message: Message = ""
+
+
 class Residency(_WireModel):
     """A revision on one pod.
 
     `digest`: empty if the engine holds a revision that is not wanted. `permanent`: a retry cannot succeed (a damaged or
     unsuitable artifact). `size_bytes`: size of its files on the pod's disk. `loads`: number of its loads into the
-    engine, and `load_seconds`: duration of the latest one, since the agent's start.
+    engine, and `load_seconds`: duration of the latest one, since the agent's start. `parity`: result of the check after
+    the latest load; None: it is off, or not finished.
     """
 
     engine_name: EngineName
@@ -208,6 +227,7 @@ class Residency(_WireModel):
     size_bytes: int = Field(default=0, ge=0, le=_MAX_NUMBER)
     loads: int = Field(default=0, ge=0, le=_MAX_NUMBER)
     load_seconds: float = Field(default=0.0, ge=0, le=_MAX_NUMBER, allow_inf_nan=False)
+    parity: AdapterParity | None = None
 
 
 class PodUse(_WireModel):

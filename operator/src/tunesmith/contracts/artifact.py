@@ -54,6 +54,11 @@ class ArtifactAdapter(StatusModel):
         description="Relative error of the saved adapter's logits, at the serving precision on the original base "
         "model, compared with the trained model.",
     )
+    parity_gap: float | None = Field(
+        default=None,
+        description="Greatest difference of log-probabilities between adapter and base, in nats, over the answers of "
+        "the parity files.",
+    )
 
 
 class Ancestor(StatusModel):

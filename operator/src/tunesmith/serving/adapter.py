@@ -19,11 +19,13 @@ from tunesmith.api.adapterdeployment import (
 )
 from tunesmith.api.conditions import AdapterDeploymentCondition, ConditionStatus
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
+from tunesmith.api.parity import ParityVerdict
 from tunesmith.api.servingpool import MAX_LISTED_PODS, ServingPool
 from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
+from tunesmith.serving.parity import parity_condition, shown_parity, worst_parity
 from tunesmith.serving.resolve import Artifact, Unresolved, reference, short
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datet
         AdapterDeploymentCondition.READY: builder.ready(),
         AdapterDeploymentCondition.PROGRESSING: builder.progressing(),
     }
+    newest = next(iter(builder.revisions), None)
+    parity = parity_condition(adapter.spec.parity, newest)
+    if parity is not None:
+        conditions[AdapterDeploymentCondition.PARITY] = parity
     if adapter.spec.autoscaling is not None:
         conditions[AdapterDeploymentCondition.SCALING_ACTIVE] = builder.scaling()
     holders = [
@@ -92,6 +98,7 @@ def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datet
         desired_reason=old.desired_reason
         if is_same_size and old.desired_reason
         else one_line(observation.decision.reason, 1024),
+        parity=shown_parity(newest),
         replicas=len(holders),
         ready_replicas=sum(1 for pod in holders if pod.ready and pod.answering),
         selector=SELECTOR,
@@ -200,6 +207,7 @@ def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
             "ready_replicas": sum(1 for pod in resident if pod.ready and pod.answering),
             "message": one_line(message, _MAX_MESSAGE_LENGTH) if message else None,
             "size_bytes": max((entry.size_bytes for _, entry in found), default=0) or None,
+            "parity": worst_parity((pod.name, entry.parity) for pod, entry in found),
             "pods": sorted(loaded, key=lambda pod: pod.name)[:MAX_LISTED_PODS],
         }
     )
@@ -305,6 +313,8 @@ class _ConditionBuilder:
             return False, reason, message
         newest = self.revisions[0]
         if newest.state is RevisionState.FAILED:
+            if newest.parity is not None and newest.parity.verdict is not ParityVerdict.PASSED:
+                return False, Reason.PARITY_FAILED, f"revision {short(newest.digest)} is not served: {newest.message}"
             return False, Reason.REVISION_FAILED, f"revision {short(newest.digest)} cannot be loaded: {newest.message}"
         if isinstance(self.observation.pool, Unresolved):
             return False, reason, message

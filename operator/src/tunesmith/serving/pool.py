@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    from tunesmith.api.adapterdeployment import AdapterDeployment, Revision
+    from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.api.servingpool import PoolRollback, ServingPool
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import ModelNameClaim
@@ -102,14 +102,14 @@ class PlacementCache:
     def __init__(self) -> None:
         self._adapters: Sequence[AdapterDeployment] | None = None
         self._busy: frozenset[str] = frozenset()
-        self._desired: tuple[dict[str, Revision], list[DesiredRevision]] = ({}, [])
+        self._desired: tuple[dict[str, DesiredAdapter], list[DesiredRevision]] = ({}, [])
         self._input: object = None
         self._output: tuple[Placement, frozenset[str]] = (Placement({}, {}), frozenset())
         self._assigned: Mapping[str, tuple[DesiredAdapter, ...]] = {}
 
     def desired(
         self, adapters: Sequence[AdapterDeployment], busy: frozenset[str]
-    ) -> tuple[dict[str, Revision], list[DesiredRevision]]:
+    ) -> tuple[dict[str, DesiredAdapter], list[DesiredRevision]]:
         """Return the revisions by engine name, and the number of pods that each needs."""
         if self._adapters is not adapters or self._busy is not busy:
             self._desired = _desired_revisions(adapters, busy)
@@ -143,11 +143,11 @@ class PlacementCache:
             self._input = inputs
         return *self._output, self._assigned
 
-    def _list(self, pod: str, keys: Sequence[str], revisions: Mapping[str, Revision]) -> tuple[DesiredAdapter, ...]:
+    def _list(
+        self, pod: str, keys: Sequence[str], revisions: Mapping[str, DesiredAdapter]
+    ) -> tuple[DesiredAdapter, ...]:
         """Return the complete list of a pod: the same tuple while it is equal, so that comparisons are cheap."""
-        new = tuple(
-            DesiredAdapter(engine_name=key, digest=revisions[key].digest, uri=revisions[key].uri or "") for key in keys
-        )
+        new = tuple(revisions[key] for key in keys)
         old = self._assigned.get(pod)
         return old if old is not None and old == new else new
 
@@ -189,14 +189,19 @@ def plan(
 
 def _desired_revisions(
     adapters: Sequence[AdapterDeployment], busy: frozenset[str]
-) -> tuple[dict[str, Revision], list[DesiredRevision]]:
+) -> tuple[dict[str, DesiredAdapter], list[DesiredRevision]]:
     """Return the revisions by engine name, and the number of pods that each needs, in order of precedence."""
-    revisions: dict[str, Revision] = {}
+    revisions: dict[str, DesiredAdapter] = {}
     desired: list[DesiredRevision] = []
     for adapter in adapters:
         for revision, copies in desired_copies(adapter.status.revisions, adapter.status.desired_replicas or 1):
             if revision.engine_name not in revisions and revision.uri is not None:
-                revisions[revision.engine_name] = revision
+                revisions[revision.engine_name] = DesiredAdapter(
+                    engine_name=revision.engine_name,
+                    digest=revision.digest,
+                    uri=revision.uri,
+                    parity=adapter.spec.parity,
+                )
                 desired.append(
                     DesiredRevision(
                         revision.engine_name,

@@ -175,6 +175,7 @@ class EngineAdapters:
         self._on_cpu = on_cpu
         self._engine: Any = None
         self._value_bytes = 4
+        self._data_type = ""
         self._registered: dict[str, _Registered] = {}
         self._leaving: dict[str, list[_Registered]] = {}
         self._uses = 0
@@ -187,6 +188,8 @@ class EngineAdapters:
         slot. An empty adapter is therefore pinned there, and clients' adapters get the other slots only.
         """
         self._engine = engine
+        model = engine.vllm_config.model_config
+        self._data_type = str(getattr(model, "quantization", None) or model.dtype).removeprefix("torch.")
         config = engine.vllm_config.lora_config
         if config is None:
             return
@@ -280,6 +283,7 @@ class EngineAdapters:
             "memoryBytes": sum(entry.size for entry in self._known() if entry.cached),
             "memoryLimitBytes": self.memory,
             "reloads": self.reloads,
+            "dataType": self._data_type,
         }
         if seen != self.version:
             document["registered"] = {name: entry.path for name, entry in self._registered.items()}

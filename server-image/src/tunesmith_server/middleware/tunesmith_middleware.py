@@ -302,10 +302,16 @@ class Middleware:
             await send(message)
 
     async def _generate_for_agent(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request of the agent, before those of clients that wait for a slot."""
+        """Pass on a request of the agent; a canary is before those of clients that wait for a slot."""
         body = await _read_body(scope, receive) or b""
-        async with self._adapters.use(_member(body, "model") or "", first=True):
-            await self._app(scope, _Client(body, receive).receive, send)
+        client = _Client(body, receive)
+        first = (_member(body, "priority") or "").startswith("-")
+        try:
+            async with self._adapters.use(_member(body, "model") or "", client.left, first=first) as admitted:
+                if admitted:
+                    await self._app(scope, client.receive, send)
+        finally:
+            client.forget()
 
     def _state(self, seen: int | None = None) -> dict[str, Any]:
         return {

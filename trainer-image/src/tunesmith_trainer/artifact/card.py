@@ -8,6 +8,7 @@ from tunesmith.api.dataset import DEFAULT_VALIDATION_FRACTION, TrainingSource
 from tunesmith.api.evaluation import LOSS
 from tunesmith.api.methods.declaration import ALL_LINEAR
 from tunesmith.api.output import Merge
+from tunesmith.contracts.parity import DECISIVE_GAP, nats, tolerance
 from tunesmith_trainer.artifact import merge
 from tunesmith_trainer.artifact.curves import loss_label
 
@@ -26,7 +27,12 @@ _MERGED = {Merge.ORIGINAL: "into the base as published", Merge.DEQUANTIZED: "int
 
 
 def text(
-    job: FineTuneJob, prepared: Prepared, trained: Trained, versions: Mapping[str, str], merge_error: float | None
+    job: FineTuneJob,
+    prepared: Prepared,
+    trained: Trained,
+    versions: Mapping[str, str],
+    merge_error: float | None,
+    parity_gap: float,
 ) -> str:
     """Return Markdown with the Hub's front matter; without times, and without local paths except the manifest's URIs.
 
@@ -36,6 +42,7 @@ def text(
         trained: training result with the scores.
         versions: versions of libraries by name.
         merge_error: distance of the merged model from the trained one; None if nothing was merged.
+        parity_gap: distance between adapter and base, in nats.
     """
     spec, evaluation = job.spec, trained.evaluation
     base = spec.base_model.uri
@@ -75,6 +82,7 @@ def text(
             "",
             f"Scored in one run; the loss on {counted.validation_rows} held-out rows{_overlap(counted)}.",
             "The truth, safety and fairness of its answers were not measured.",
+            _parity(parity_gap),
             *(["", "Gates:", "", *gates] if gates else []),
             *(["", "Not scored:", "", *failures] if failures else []),
             "",
@@ -107,6 +115,15 @@ def text(
             "",
         ]
     )
+
+
+def _parity(gap: float) -> str:
+    """Describe how well a serving engine can be checked."""
+    text = f"Its answers differ from the base model's by up to {nats(gap)} nats per token"
+    undecided = [name for name in ("float32", "bfloat16") if gap < DECISIVE_GAP * tolerance(name, name)]
+    if not undecided:
+        return f"{text}, enough to check that an engine applies it."
+    return f"{text}: too little to check in {' or '.join(undecided)} that an engine applies it."
 
 
 def _steps(prepared: Prepared, evaluation: EvaluationStatus) -> str:

@@ -12,6 +12,7 @@ from tunesmith.api.finetunejob_status import Stage
 from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import digest_of
 from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, MERGED_FOLDER, beside_artifact
+from tunesmith.contracts.parity import PARITY_ROWS_FILE
 from tunesmith.contracts.result import ExportResult, Outcome
 from tunesmith_trainer.artifact import merge, package
 from tunesmith_trainer.errors import InvalidSpecError, SelfCheckError, StorageUnavailableError, TrainerError
@@ -146,14 +147,17 @@ def _occupied(folder: Folder) -> InvalidSpecError:
 
 
 def _gathered(job: FineTuneJob, stores: Stores, published: Folder, work: Path, retry: Retry) -> dict[str, Path]:
-    """Return the files to copy by their path in the copy, as in the store: fetched unless they are on this machine."""
+    """Return the files to copy by their path in the copy, as in the store: fetched unless they are on this machine.
+
+    The file with rows of the data set is not copied.
+    """
     published = published.child(retry=retry)
     found = package.find(published)
     if found is None:
         raise SelfCheckError(f"{ARTIFACT_MANIFEST} in {published.uri} was deleted after it was published")
     manifest, _ = found
     folder = work / ARTIFACT_FOLDER
-    hashes = {name: file.sha256 for name, file in manifest.files.items()}
+    hashes = {name: file.sha256 for name, file in manifest.files.items() if name != PARITY_ROWS_FILE}
     files = {name: _local_copy(name, digest, folder, published) for name, digest in hashes.items()}
     if job.spec.output is not None and job.spec.output.merge is not Merge.NONE:
         uri = beside_artifact(published.uri, MERGED_FOLDER)

@@ -18,7 +18,7 @@ from tunesmith.api.hyperparameters import Precision
 from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
-from tunesmith.contracts.parity import PARITY_FILE
+from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, gap_of
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.artifact import card, curves, merge, parity
 from tunesmith_trainer.base_model import model
@@ -75,9 +75,9 @@ def build(
     for parameter in trained.model.parameters():
         parameter.data = torch.empty(0)
     merge_error = _merge(job, prepared, trained, folder, merged, config)
-    error = _probe_parity(job, prepared, trained, folder, config)
+    error, gap = _probe_parity(job, prepared, trained, folder, config)
     versions = {name: version(name) for name in _VERSIONED}
-    text = card.text(job, prepared, trained, versions, merge_error)
+    text = card.text(job, prepared, trained, versions, merge_error, gap)
     (folder / "README.md").write_text(text, encoding="utf-8")
     adapter = ArtifactAdapter(
         method=job.spec.method.name,
@@ -85,6 +85,7 @@ def build(
         alpha=saved["lora_alpha"] if saved.get("peft_type") == "LORA" else None,
         target_modules=prepared.resolved.target_modules or [],
         relative_logit_error=error,
+        parity_gap=gap,
     )
     return _manifest(job, prepared, trained, folder, adapter, versions), merge_error
 
@@ -148,18 +149,31 @@ def _merge(
 
 def _probe_parity(
     job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, config: PretrainedConfig
-) -> float:
-    """Reload base and saved adapter, record an engine's expected answers, and return the distance of the logits.
+) -> tuple[float, float]:
+    """Reload base and saved adapter, and record an engine's expected answers.
+
+    Returns:
+        Distance of the saved adapter's logits from the trained one's, and the gap between adapter and base in nats.
 
     Raises:
         SelfCheckError: the saved adapter is not the trained one.
     """
     tokenizer = model.load_tokenizer_of(prepared.base, job.spec)
-    recorded, served = parity.record(prepared.base, folder, config, tokenizer, ends=prepared.ends, pad=prepared.pad)
-    error = relative_distance(served, trained.logits)
+    recorded = parity.record(
+        prepared.base,
+        folder,
+        config,
+        tokenizer,
+        ends=prepared.ends,
+        pad=prepared.pad,
+        rows=parity.row_prompts(prepared.validation, prepared.train),
+    )
+    error = relative_distance(recorded.logits, trained.logits)
     _check_error(error, job, prepared, parity.serving_type(config))
-    _write_json(folder / PARITY_FILE, recorded.manifest())
-    return error
+    _write_json(folder / PARITY_FILE, recorded.parity.manifest())
+    if recorded.rows is not None:
+        _write_json(folder / PARITY_ROWS_FILE, recorded.rows.manifest())
+    return error, round(gap_of(found for found in (recorded.parity, recorded.rows) if found is not None), 4)
 
 
 def _manifest(
