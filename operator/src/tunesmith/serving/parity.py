@@ -51,10 +51,10 @@ def _rounded(value: float | None) -> float | None:
 
 
 def parity_condition(mode: ParityMode, revision: Revision | None) -> tuple[ConditionStatus, Reason, str] | None:
-    """Return the status, reason and message of the condition; None if parity is off."""
-    if mode is ParityMode.OFF:
+    """Return the status, reason and message of the condition; None if parity is off or there is no revision."""
+    if mode is ParityMode.OFF or revision is None:
         return None
-    if revision is None or revision.parity is None:
+    if revision.parity is None:
         return ConditionStatus.UNKNOWN, Reason.PARITY_PENDING, "no pod has compared the answers of the newest revision"
     status, reason = _OUTCOMES[revision.parity.verdict]
     found = revision.parity

@@ -1,0 +1,312 @@
+"""An engine that does not answer as the trained model is detected, and one that does is not suspected.
+
+The engine is a real vLLM. A damage is played by an artifact whose expected answers belong to other weights, another
+base, another data type or another template than the engine's: the engine then answers as one with that fault would.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.server.http_client import call
+from tests.server.server_rig import (
+    BASE_NAME,
+    REPOSITORY,
+    Artifact,
+    MissingPartError,
+    Pod,
+    S3Server,
+    find,
+    wait_until,
+    write_safetensors,
+)
+from tests.server.test_serving_pod import ServingPod
+from tunesmith.api.parity import ParityMode, ParityVerdict
+from tunesmith.contracts.agent import AdapterParity, Residency, ResidencyState
+from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.safetensors import read_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+RANK = 8
+TARGETS = ("q_proj", "v_proj", "down_proj")
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}<|im_start|>"
+LOADS, ADAPTERS_AT_ONCE = 100, 3
+VOCABULARY = 300
+MORE = ("", "lm_head", "embed_tokens")
+
+
+def tensors(base: Path, seed: int, *, scale: float = 0.08, more: str = "") -> Tensors:
+    """The weights of a random adapter that changes most answers."""
+    random = np.random.default_rng(seed)
+    found: Tensors = {}
+    for name, tensor in sorted(read_tensors(base / "model.safetensors").items()):
+        module = name.removesuffix(".weight")
+        outputs, inputs = tensor.shape if len(tensor.shape) == 2 else (0, 0)
+        if more == "embed_tokens" and module.endswith(more):
+            place = f"base_model.model.{module}"
+            found[f"{place}.lora_embedding_A"] = random.normal(0, scale, (RANK, outputs)).astype(np.float32)
+            found[f"{place}.lora_embedding_B"] = random.normal(0, scale, (inputs, RANK)).astype(np.float32)
+        elif module.endswith(TARGETS) or (more == "lm_head" and module == more):
+            place = f"base_model.model.{module}"
+            found[f"{place}.lora_A.weight"] = random.normal(0, scale, (RANK, inputs)).astype(np.float32)
+            found[f"{place}.lora_B.weight"] = random.normal(0, scale, (outputs, RANK)).astype(np.float32)
+    return found
+
+
+def write(folder: Path, weights: Tensors, *, rank: int = RANK, alpha: int = 2 * RANK) -> Path:
+    folder.mkdir(parents=True)
+    write_safetensors(folder / "adapter_model.safetensors", weights)
+    targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets, "lora_dropout": 0.0}))
+    return folder
+
+
+def trainer(folder: Path, requests: list[dict[str, Any]]) -> None:
+    """Run record_parity.py in the trainer's environment."""
+    python = find(
+        "the trainer's environment",
+        "TUNESMITH_TRAINER_PYTHON",
+        [REPOSITORY / "trainer-image/.venv/bin/python"],
+        "run `make environment-trainer`",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "requests.json").write_text(json.dumps(requests))
+    command = [str(python), "-m", "tests.server.record_parity", str(folder / "requests.json")]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+def zeroed(weights: Tensors, where: Callable[[str], bool]) -> Tensors:
+    """The adapter as an engine computes it that applies only a part of it."""
+    return {
+        name: np.zeros_like(value) if name.endswith("lora_B.weight") and where(name) else value
+        for name, value in weights.items()
+    }
+
+
+def with_flipped_bit(weights: Tensors, bit: int) -> Tensors:
+    name = next(name for name in sorted(weights) if name.endswith("down_proj.lora_B.weight"))
+    changed = weights[name].copy()
+    changed.view(np.uint32).reshape(-1)[11] ^= np.uint32(1 << bit)
+    return {**weights, name: changed}
+
+
+def of_next_layer(weights: Tensors) -> Tensors:
+    def renamed(name: str) -> str:
+        return (
+            name.replace("layers.0.", "layers.X.").replace("layers.1.", "layers.0.").replace("layers.X.", "layers.1.")
+        )
+
+    return {name: weights[renamed(name)] for name in weights}
+
+
+ADAPTER, OTHER = 1, 2
+WEIGHTS: dict[str, Callable[[Tensors, Tensors], Tensors]] = {
+    "not-applied": lambda own, _: zeroed(own, lambda _: True),
+    "half-applied": lambda own, _: zeroed(own, lambda name: "layers.1." in name),
+    "modules-missing": lambda own, _: zeroed(own, lambda name: "down_proj" in name),
+    "other-rank": lambda own, _: {
+        name: value[: RANK // 2] if "lora_A" in name else value[:, : RANK // 2] for name, value in own.items()
+    },
+    "flipped-bit": lambda own, _: with_flipped_bit(own, 29),
+    "swapped-halves": lambda own, other: {name: own[name] if "lora_A" in name else other[name] for name in own},
+    "other-adapter": lambda _, other: other,
+    "other-layer": lambda own, _: of_next_layer(own),
+    "scaled": lambda own, _: own,
+    "negated": lambda own, _: {name: -value if "lora_A" in name else value for name, value in own.items()},
+}
+"""The weights of the engine where the expected answers are those of `own`."""
+RECORDED = ("other-base", "other-template", "other-quantisation", "head-missing", "embedding-missing")
+"""Damages by other expected answers."""
+DAMAGES = (*WEIGHTS, *RECORDED)
+REPRESENTATIVE = ("not-applied", "swapped-halves", "other-template")
+
+
+class ParityPod(ServingPod):
+    """A pod with artifacts by name."""
+
+    def check(self, *names: str, mode: ParityMode = ParityMode.REPORT) -> dict[str, Residency]:
+        """Have the adapters loaded and checked."""
+        for name in names:
+            self.entries[name] = {**self.entries[name], "parity": mode.value}
+        self.want(*names)
+
+        def checked() -> dict[str, Residency] | None:
+            assert self.engine.running(), self.engine.tail()
+            assert self.agent.running(), self.agent.tail()
+            found = {name: self.residency(name) for name in names}
+            known = {name: entry for name, entry in found.items() if entry is not None and _is_checked(entry)}
+            return known if len(known) == len(names) else None
+
+        return wait_until(checked, f"{names} are checked; see {self.agent.log} and {self.engine.log}")
+
+    def clear(self) -> None:
+        self.want()
+        wait_until(lambda: not self.state().adapters, f"no adapter is loaded; see {self.agent.log}")
+
+
+def _is_checked(entry: Residency) -> bool:
+    return (
+        entry.parity is not None
+        and entry.parity.verdict is not ParityVerdict.UNFINISHED
+        and entry.state in {ResidencyState.RESIDENT, ResidencyState.FAILED}
+    )
+
+
+def result(entry: Residency) -> AdapterParity:
+    assert entry.parity is not None
+    return entry.parity
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base models, adapters, and expected answers."""
+    folder = tmp_path_factory.mktemp("parity")
+    base = folder / "base"
+    changes = {"base": "none", "noise": "noise", "coarse": "coarse"}
+    try:
+        trainer(folder, [{"make": str(folder / name), "change": change} for name, change in changes.items()])
+    except MissingPartError as error:
+        pytest.fail(str(error), pytrace=False)
+    random = np.random.default_rng(3)
+    rows = [[random.integers(5, VOCABULARY, 12).tolist(), random.integers(5, VOCABULARY, 4).tolist()] for _ in range(5)]
+    own = str(write(folder / "own", tensors(base, ADAPTER)))
+    head = str(write(folder / "head", tensors(base, ADAPTER, more="lm_head")))
+    embedding = str(write(folder / "embedding", tensors(base, ADAPTER, more="embed_tokens")))
+    requests: list[dict[str, Any]] = [
+        {"base": str(base), "artifact": own, "into": str(folder / "expected/own"), "rows": rows},
+        {"base": str(base), "artifact": head, "into": str(folder / "expected/head-missing")},
+        {"base": str(base), "artifact": embedding, "into": str(folder / "expected/embedding-missing")},
+        {"base": str(folder / "noise"), "artifact": own, "into": str(folder / "expected/other-base")},
+        {"base": str(folder / "coarse"), "artifact": own, "into": str(folder / "expected/other-quantisation")},
+        {"base": str(base), "artifact": own, "into": str(folder / "expected/other-template"), "template": TEMPLATE},
+    ]
+    for seed in range(10, 20):
+        adapter = write(
+            folder / f"sound-{seed}", tensors(base, seed, scale=0.03 + 0.01 * (seed - 10), more=MORE[seed % 3])
+        )
+        requests.append(
+            {"base": str(base), "artifact": str(adapter), "into": str(folder / f"expected/sound-{seed}"), "rows": rows}
+        )
+    trainer(folder, requests)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pod(made: Path, store: S3Server) -> Iterator[ParityPod]:
+    base = made / "base"
+    fingerprint = base_fingerprint(LocalModelFolder(base))
+    own, other = tensors(base, ADAPTER), tensors(base, OTHER)
+
+    def publish(name: str, folder: Path, expected: str, rank: int = RANK) -> dict[str, str]:
+        for file in (made / "expected" / expected).iterdir():
+            shutil.copy(file, folder)
+        return Artifact(folder, fingerprint, rank).publish(store, model=name)
+
+    entries = {"own": publish("own", write(made / "published/own", own), "own")}
+    for name, damaged in WEIGHTS.items():
+        rank = RANK // 2 if name == "other-rank" else RANK
+        alpha = {"other-rank": RANK, "scaled": 3 * RANK}.get(name, 2 * RANK)
+        folder = write(made / "published" / name, damaged(own, other), rank=rank, alpha=alpha)
+        entries[name] = publish(name, folder, "own", rank)
+    for name in RECORDED:
+        entries[name] = publish(name, write(made / "published" / name, own), name)
+    entries["harmless-bit"] = publish(
+        "harmless-bit", write(made / "published/harmless-bit", with_flipped_bit(own, 0)), "own"
+    )
+    plain = write(made / "published/unrecorded", own)
+    entries["unrecorded"] = Artifact(plain, fingerprint, RANK).publish(store, model="unrecorded")
+    for seed in range(10, 20):
+        entries[f"sound-{seed}"] = publish(f"sound-{seed}", made / f"sound-{seed}", f"sound-{seed}")
+    try:
+        running = ParityPod(Pod(made / "pod", base, store), entries)
+    except MissingPartError as error:
+        pytest.fail(str(error), pytrace=False)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+def test_a_sound_adapter_passes_and_is_served_with_parity_required(pod: ParityPod) -> None:
+    entry = pod.check("own", mode=ParityMode.REQUIRED)["own"]
+    found = result(entry)
+    assert (found.verdict, entry.state) == (ParityVerdict.PASSED, ResidencyState.RESIDENT), found
+    assert found.distance is not None
+    assert found.gap is not None
+    assert found.base_distance is not None
+    assert max(found.distance, found.base_distance) < 1e-3
+    assert found.gap > 0.1
+    assert found.tolerance == 0.01
+    assert pod.complete(pod.entries["own"]["engineName"])
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(name, marks=() if name in REPRESENTATIVE else pytest.mark.long) for name in DAMAGES]
+)
+def test_a_damage_is_detected(pod: ParityPod, damage: str, record_property: Callable[[str, object], None]) -> None:
+    entry = pod.check(damage)[damage]
+    found = result(entry)
+    record_property("parity", f"{damage}: {found.message}")
+    assert found.verdict is ParityVerdict.FAILED, found
+    # Report: it is served nevertheless.
+    assert entry.state is ResidencyState.RESIDENT
+    if damage == "not-applied":
+        assert "it does not apply the adapter" in found.message
+    refused = pod.check(damage, mode=ParityMode.REQUIRED)[damage]
+    assert (refused.state, refused.permanent) == (ResidencyState.FAILED, True)
+    assert refused.message.startswith("parity is required, and ")
+    assert pod.complete(BASE_NAME)
+
+
+def test_a_damage_that_changes_no_answer_is_no_alarm(pod: ParityPod) -> None:
+    assert result(pod.check("harmless-bit")["harmless-bit"]).verdict is ParityVerdict.PASSED
+
+
+def test_an_artifact_without_expected_answers_is_served_unless_parity_is_required(pod: ParityPod) -> None:
+    entry = pod.check("unrecorded")["unrecorded"]
+    assert (result(entry).verdict, entry.state) == (ParityVerdict.NOT_RECORDED, ResidencyState.RESIDENT)
+    entry = pod.check("unrecorded", mode=ParityMode.REQUIRED)["unrecorded"]
+    assert (entry.state, entry.permanent) == (ResidencyState.FAILED, True)
+
+
+@pytest.mark.long
+def test_sound_loads_are_no_alarm(pod: ParityPod, record_property: Callable[[str, object], None]) -> None:
+    """Other requests are in the same batches."""
+    stop, names = threading.Event(), [f"sound-{seed}" for seed in range(10, 20)]
+
+    def load() -> None:
+        while not stop.is_set():
+            body = {"model": BASE_NAME, "prompt": "Who keeps the lighthouse?", "max_tokens": 24, "ignore_eos": True}
+            call(f"{pod.pod.engine_url}/v1/completions", "POST", body)
+
+    clients = [threading.Thread(target=load) for _ in range(2)]
+    for client in clients:
+        client.start()
+    results: list[AdapterParity] = []
+    try:
+        while len(results) < LOADS:
+            start = len(results) % len(names)
+            results += map(result, pod.check(*(names * 2)[start : start + ADAPTERS_AT_ONCE]).values())
+            pod.clear()
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    record_property("loads", len(results))
+    record_property("greatest distance", max(entry.distance or 0.0 for entry in results))
+    record_property("smallest gap", min(entry.gap or 0.0 for entry in results))
+    assert {entry.verdict for entry in results} == {ParityVerdict.PASSED}
