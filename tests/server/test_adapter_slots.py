@@ -141,7 +141,8 @@ class Engine:
 
     def __init__(self, max_loras: int = 2) -> None:
         self.vllm_config = SimpleNamespace(
-            lora_config=SimpleNamespace(max_loras=max_loras, lora_dtype=SimpleNamespace(itemsize=4))
+            lora_config=SimpleNamespace(max_loras=max_loras, lora_dtype=SimpleNamespace(itemsize=4)),
+            model_config=SimpleNamespace(dtype="torch.bfloat16", quantization="fp8"),
         )
         self.removed: list[int] = []
         self.refuses = False
@@ -169,6 +170,13 @@ async def use(adapters: EngineAdapters, name: str) -> None:
     async with adapters.use(name) as admitted:
         assert admitted
         await settle()
+
+
+async def test_the_data_type_of_the_weights_is_reported() -> None:
+    engine = Engine()
+    assert (await started(engine)).state()["dataType"] == "fp8"
+    engine.vllm_config.model_config.quantization = None
+    assert (await started(engine)).state()["dataType"] == "bfloat16"
 
 
 async def test_idle_adapters_leave_the_cache_when_it_is_full(tmp_path: Path) -> None:

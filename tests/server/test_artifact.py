@@ -13,7 +13,7 @@ from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.artifact import ArtifactFile
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.storage.credentials import Credentials, Origin
-from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_leftovers, stored_sizes
+from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_leftovers, remove_revision, stored_sizes
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError
 from tunesmith_server.store import StoreError, StoreFolder
@@ -333,3 +333,44 @@ def test_leftovers_of_a_killed_download_are_removed(folder: Path) -> None:
     (folder / ("a" * 64)).mkdir()
     remove_leftovers(folder)
     assert [path.name for path in folder.iterdir()] == ["a" * 64]
+
+
+ANSWERS = json.dumps({"schemaVersion": 1, "dataType": "float32", "probes": []})
+
+
+def test_the_expected_answers_are_stored_and_a_copy_may_lack_those_to_rows(
+    adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server
+) -> None:
+    artifact = adapter()
+    for name in ("parity.json", "parity-rows.json"):
+        (artifact.folder / name).write_text(ANSWERS)
+    entry = artifact.publish(store)
+    place = fetch(entry, limits, folder, store)
+    assert (place / "parity.json").read_text() == (place / "parity-rows.json").read_text() == ANSWERS
+    copy = adapter(seed=2)
+    for name in ("parity.json", "parity-rows.json"):
+        (copy.folder / name).write_text(ANSWERS)
+    entry = copy.publish(store)
+    store.files.rm(f"{entry['uri']}/parity-rows.json")
+    place = fetch(entry, limits, folder, store)
+    assert sorted(path.name for path in place.glob("parity*")) == ["parity.json"]
+    store.files.rm(f"{entry['uri']}/parity.json")
+    remove_revision(folder, entry["digest"])
+    with pytest.raises(StoreError, match=r"parity\.json"):
+        fetch(entry, limits, folder, store)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (ANSWERS.replace("[]", "[{}]"), "parity.json is malformed: probes.0.promptTokenIds: Field required"),
+        ("[" * 100_000, "parity.json is malformed: it has more than 65536 values"),
+        (" " * (512 * 1024 + 1), "parity.json has 524289 bytes; at most 524288 are read"),
+    ],
+)
+def test_hostile_expected_answers_are_refused(
+    adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server, content: str, message: str
+) -> None:
+    artifact = adapter()
+    (artifact.folder / "parity.json").write_text(content)
+    assert message in refusal(artifact.publish(store), limits, folder, store)

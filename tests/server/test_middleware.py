@@ -386,7 +386,7 @@ async def test_a_server_whose_engine_died_exits_with_an_error(
             pass
 
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
-    without_lora = SimpleNamespace(lora_config=None)
+    without_lora = SimpleNamespace(lora_config=None, model_config=SimpleNamespace(dtype="torch.float32"))
 
     async def receive() -> Any:
         return messages.pop(0)
@@ -419,7 +419,7 @@ class LoraEngine(Engine):
         self.removed: list[int] = []
         self.freed = asyncio.Event()
         config = SimpleNamespace(max_loras=2, lora_dtype=None)
-        self.vllm_config = SimpleNamespace(lora_config=config)
+        self.vllm_config = SimpleNamespace(lora_config=config, model_config=SimpleNamespace(dtype="torch.float32"))
         models = SimpleNamespace(lora_requests={"m": SimpleNamespace(lora_int_id=7, lora_path="/adapters/m")})
         self._state = SimpleNamespace(openai_serving_models=models, engine_client=self)
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
+from tunesmith.api.parity import ParityMode, ParityVerdict
+from tunesmith.contracts.agent import AdapterParity, DesiredAdapter, ResidencyState
 from tunesmith_server.residency import UNLOAD_SECONDS, Failure, PodObservation, PodPlan, plan
 
 A, B, C = (
@@ -123,3 +124,33 @@ def test_the_delay_doubles_up_to_a_minute() -> None:
         failure = Failure.after(failure, "x", permanent=False, now=10.0)
         delays.append(failure.retry_at - 10.0)
     assert delays == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+REQUIRED = A.model_copy(update={"parity": ParityMode.REQUIRED})
+OFF = A.model_copy(update={"parity": ParityMode.OFF})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "verdict", "expected"),
+    [
+        (A, None, (ResidencyState.RESIDENT, False)),
+        (A, ParityVerdict.FAILED, (ResidencyState.RESIDENT, False)),
+        (REQUIRED, None, (ResidencyState.LOADING, False)),
+        (REQUIRED, ParityVerdict.UNFINISHED, (ResidencyState.LOADING, False)),
+        (REQUIRED, ParityVerdict.PASSED, (ResidencyState.RESIDENT, False)),
+        (REQUIRED, ParityVerdict.FAILED, (ResidencyState.FAILED, True)),
+        (REQUIRED, ParityVerdict.UNDECIDED, (ResidencyState.FAILED, True)),
+        (REQUIRED, ParityVerdict.NOT_RECORDED, (ResidencyState.FAILED, True)),
+        (OFF, ParityVerdict.FAILED, (ResidencyState.RESIDENT, False)),
+    ],
+)
+def test_requests_wait_for_required_parity(
+    adapter: DesiredAdapter, verdict: ParityVerdict | None, expected: tuple[ResidencyState, bool]
+) -> None:
+    result = None if verdict is None else AdapterParity(verdict=verdict, message="why")
+    parity = {} if result is None else {A.engine_name: result}
+    planned = plan(replace(IDLE, desired=[adapter], engine=holding(A), parity=parity))
+    assert (planned.loads, planned.unloads) == ([], [])
+    [reported] = planned.report
+    assert (reported.state, reported.permanent) == expected
+    assert reported.parity == (None if adapter is OFF else result)

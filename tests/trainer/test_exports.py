@@ -13,6 +13,7 @@ from tests.trainer.trainer_rig import Ran, Workbench, job_manifest
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
+from tunesmith.contracts.parity import PARITY_ROWS_FILE
 from tunesmith.storage.folder import Retry
 from tunesmith_trainer.artifact.exports import export_all
 from tunesmith_trainer.errors import StorageUnavailableError
@@ -57,19 +58,20 @@ def emptied(s3: S3Server) -> None:
 
 
 def make_artifact(folder: Path, content: str = "a", **more: Any) -> dict[str, bytes]:
-    """Return the files of an artifact by name, with a manifest that lists them."""
+    """Return the files of a copy of an artifact by name: all but the prompts of rows, which the manifest lists too."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "adapter_model.safetensors": f"weights {content}".encode() * 1000,
         "adapter_config.json": b"{}",
         "README.md": f"---\ntags: [lora]\n---\n# doors {content}\n".encode(),
     }
-    for name, data in files.items():
+    whole = {**files, PARITY_ROWS_FILE: b"{}"}
+    for name, data in whole.items():
         (folder / name).write_bytes(data)
     manifest = ArtifactManifest.model_validate(
         {
             "files": {
-                name: {"sha256": file_sha256(folder / name), "sizeBytes": len(data)} for name, data in files.items()
+                name: {"sha256": file_sha256(folder / name), "sizeBytes": len(data)} for name, data in whole.items()
             },
             "base": {"fingerprint": "base", "uri": "s3://models/base"},
             "adapter": {"method": "lora", "targetModules": []},

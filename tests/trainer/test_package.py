@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests.trainer.methods_cases import CASES
 from tests.trainer.methods_rig import distance, try_method
 from tests.trainer.tiny_model import make
+from tests.trainer.trainer_rig import chat_row, write_rows
 from tunesmith.api.method import Method
 from tunesmith.api.objective import ObjectiveName
 from tunesmith.contracts.artifact import ArtifactManifest
-from tunesmith.contracts.parity import Parity
+from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, Parity, parse_parity
 from tunesmith_trainer.artifact.card import tags
 from tunesmith_trainer.artifact.curves import loss_label
 from tunesmith_trainer.artifact.main_memory import available_memory
@@ -91,6 +92,44 @@ def test_parity_equals_plain_transformers_and_peft(bench: Workbench, base_model:
         assert all(position.chosen == position.top[0].log_probability for position in probe.adapter), "greedy"
         different += probe.base != probe.adapter
     assert different == len(parity.probes)
+
+
+def test_prompts_of_held_out_rows_are_recorded_in_a_file_of_their_own(bench: Workbench, base_model: Path) -> None:
+    held_out = [chat_row(f"Which boat has the number {number}?", "The blue one.") for number in range(5)]
+    validation = write_rows(bench.folder / "held-out.jsonl", held_out)
+    job = bench.job()
+    job["spec"]["dataset"]["validation"] = [{"uri": f"file://{validation}"}]
+    assert bench.run("train", job).code == 0
+    folder = bench.output / "artifact"
+    files = [parse_parity((folder / name).read_bytes(), name) for name in (PARITY_FILE, PARITY_ROWS_FILE)]
+    fixed, rows = files
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    texts = [tokenizer.decode(probe.prompt_token_ids) for probe in rows.probes]
+    assert len(set(texts)) == 3
+    assert all("Which boat has the number" in text for text in texts)
+    assert {probe.prompt for probe in rows.probes} == {None}
+    assert "boat" not in (folder / PARITY_FILE).read_text()
+    assert all(probe.chat and probe.prompt for probe in fixed.probes)
+    manifest = ArtifactManifest.model_validate_json((folder / "tunesmith.json").read_bytes())
+    assert manifest.adapter.parity_gap == pytest.approx(max(file.gap for file in files), abs=1e-4)
+    assert PARITY_ROWS_FILE in manifest.files
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32).eval()
+    for probe in (*fixed.probes, *rows.probes):
+        assert probe.base_answer is not None
+        ids = torch.tensor([[*probe.prompt_token_ids, *probe.base_answer.token_ids]])
+        with torch.no_grad():
+            scores = torch.log_softmax(base(input_ids=ids).logits[0, len(probe.prompt_token_ids) - 1 : -1], dim=-1)
+        assert scores.argmax(-1).tolist() == probe.base_answer.token_ids
+        chosen = [position.chosen for position in probe.base_answer.positions]
+        assert chosen == pytest.approx(scores.max(-1).values.tolist(), abs=1e-4)
+
+
+def test_the_card_says_whether_an_engine_can_be_checked(bench: Workbench) -> None:
+    assert bench.run("train", bench.job(hyperparameters={"maxSteps": 1, "learningRate": 1e-5})).code == 0
+    assert ": too little to check in float32 or bfloat16 that an engine applies it." in _card(bench)
+    shutil.rmtree(bench.output)
+    assert bench.run("train", bench.job(hyperparameters={"maxSteps": 30, "learningRate": 0.05})).code == 0
+    assert ", enough to check that an engine applies it." in _card(bench)
 
 
 @pytest.mark.parametrize("case", MERGES)

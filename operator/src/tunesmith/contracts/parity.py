@@ -169,7 +169,7 @@ def difference(token: int, expected: ParityPosition, served: ServedPosition) -> 
 _UNITS = {"float32": 0, "float16": 1, "bfloat16": 2}
 """Data types by the size of their rounding errors; other types, of quantised weights, are coarser."""
 TOLERANCES = (0.01, 0.1, 0.5, 1.5)
-"""Tolerated distance in nats, by the coarser of the types of training and serving; see docs/parity.md."""
+"""Tolerated distance in nats, by the coarser of the types of training and serving; see docs/how-to/parity.md."""
 
 
 def tolerance(recorded: str, served: str) -> float:
