@@ -205,6 +205,15 @@ REFUSED_POOLS = {
         {"baseModel": {"uri": "pvc://models/llama"}, "baseModelCache": {"claimName": "models"}},
         "baseModelCache is only for base models that pods download",
     ),
+    "a base model from two places": (
+        {"baseModel": {"uri": "s3://models/llama", "from": {"fineTuneJob": {"name": "tone"}}}},
+        "baseModel must have exactly one of uri and from: keep one and remove the other",
+    ),
+    "no base model": ({"baseModel": {}}, "baseModel must have exactly one of uri and from"),
+    "a job's model with a Secret": (
+        {"baseModel": {"from": {"fineTuneJob": {"name": "tone"}}, "secretRef": {"name": "mine"}}},
+        "the result of a FineTuneJob is read with the credentials of the store",
+    ),
     "a cache without a claim": ({"baseModelCache": {}}, "spec.baseModelCache.claimName: Required value"),
     "a cache on the node's own path": (
         {"baseModelCache": {"hostPath": "/var/models"}},

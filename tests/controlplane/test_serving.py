@@ -161,6 +161,48 @@ async def test_an_adapter_whose_job_is_created_later_serves_requests(world: Worl
     assert (pool_status["adapters"], pool_status["registeredAdapters"], pool_status["adapterCapacity"]) == (1, 1, 64)
 
 
+async def test_a_pool_follows_the_whole_model_of_a_job(world: World) -> None:
+    await world.pool(baseModel={"from": {"fineTuneJob": {"name": "talk"}}})
+    waiting = await world.until_condition("small", "Resolved", "False", "FineTuneJobNotFound", kind="ServingPool")
+    assert waiting["message"].startswith("waits for FineTuneJob talk, which does not exist")
+    assert not await world.cluster.list("Deployment", world.namespace)
+    whole = job(world.namespace, "talk", output={"merge": "Original"})
+    first = await world.cluster.create(whole)
+    await world.until_condition("small", "Available", "True", kind="ServingPool")
+    await world.until_condition("small", "Resolved", "True", kind="ServingPool")
+
+    async def served() -> str:
+        (deployment,) = await world.cluster.list("Deployment", world.namespace)
+        arguments = deployment["spec"]["template"]["spec"]["initContainers"][0]["args"]
+        assert arguments[arguments.index("--artifact-digest") + 1] == digest_of("talk")
+        return str(arguments[arguments.index("--uri") + 1])
+
+    location = f"{STORE}/{world.namespace}/talk-{first['metadata']['uid']}/merged"
+    assert await served() == location
+    status = (await world.get("small", "ServingPool"))["status"]
+    assert status["baseModelArtifact"] == {"digest": digest_of("talk"), "uri": location}
+    pods = set(world.pods.agents)
+    await world.cluster.delete("FineTuneJob", "talk", world.namespace)
+    await world.until_condition("small", "Resolved", "False", "FineTuneJobNotFound", kind="ServingPool")
+    assert await served() == location
+    second = await world.cluster.create(whole)
+    new_location = f"{STORE}/{world.namespace}/talk-{second['metadata']['uid']}/merged"
+
+    async def followed() -> bool:
+        return await served() == new_location
+
+    await until(followed, "the Deployment has the new artifact")
+    await world.until(lambda: bool(world.pods.agents) and not pods & set(world.pods.agents), "the pods are replaced")
+    await world.until_condition("small", "Resolved", "True", kind="ServingPool")
+
+
+async def test_a_pool_of_a_tenant_does_not_serve_the_job_of_another_one(world: World) -> None:
+    await world.pool(baseModel={"from": {"fineTuneJob": {"name": "talk", "namespace": "elsewhere"}}})
+    refused = await world.until_condition("small", "Degraded", "True", "InvalidSpec", kind="ServingPool")
+    assert "sharedPoolNamespaces" in refused["message"]
+    assert not await world.cluster.list("Deployment", world.namespace)
+
+
 async def test_metadata_of_users_is_ignored_and_preserved(world: World) -> None:
     note = "x" * 250_000
     made = await world.pool()

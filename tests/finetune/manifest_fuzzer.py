@@ -309,7 +309,7 @@ def _servingpool(manifest: Object, _: random.Random) -> str:
     invalid = pool_render.reserved(pool) or scheduling_violation(
         pool.spec.scheduling, pool.spec.resources, DEFAULT_SCHEDULING
     )
-    reads_foreign_store(STORE, "team", pool.spec.base_model.uri)
+    reads_foreign_store(STORE, "team", pool.spec.base_model.uri or "")
     for rendered in (
         pool_render.deployment(pool, POOL_SETTINGS, pool.spec.replicas),
         pool_render.disruption_budget(pool),

@@ -155,6 +155,7 @@ def test_merged_weights_equal_the_trained_model(bench: Workbench, case: str) -> 
     # The artifact does not contain them, because engines download all of it.
     manifest = ArtifactManifest.model_validate_json((bench.output / "artifact/tunesmith.json").read_bytes())
     assert "model.safetensors" not in manifest.files
+    assert manifest.merged_sha256 == hashlib.sha256((folder / "merged.json").read_bytes()).hexdigest()
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     if limit is not None and how == "Original":

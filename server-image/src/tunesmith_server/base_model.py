@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tunesmith.api.pool_base_model import BaseModelArrival, BaseModelOrigin
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.storage.schemes import BY_NAME, split
+from tunesmith_server.base_artifact import PublishedModel
 from tunesmith_server.base_download import PARALLEL_FILES, Download, FileRecord, Progress, hash_file
 from tunesmith_server.base_source import BaseFile, BaseSource, open_source
 from tunesmith_server.model_cache import CacheFullError, Manifest, access_key, version_key
@@ -54,12 +55,14 @@ class BaseModel:
         revision: commit, tag or branch of an hf:// model.
         target: folder for the engine; created if missing, and emptied.
         gpus: number of GPUs that share each layer.
+        artifact_digest: digest of the artifact whose whole model is at the uri; None: any model.
     """
 
     uri: str
     revision: str | None
     target: Path
     gpus: int = 1
+    artifact_digest: str | None = None
 
 
 def fetch_base(
@@ -76,7 +79,9 @@ def fetch_base(
     """
     begin = clock()
     source = open_source(model.uri, model.revision, credentials)
-    access = access_key(model.uri, model.revision, _used(model.uri, credentials))
+    if model.artifact_digest is not None:
+        source = PublishedModel(source, model.uri, model.artifact_digest, credentials)
+    access = access_key(model.uri, model.artifact_digest or model.revision, _used(model.uri, credentials))
     files: list[BaseFile] | None
     try:
         files = _selected(source.files(), model.uri)

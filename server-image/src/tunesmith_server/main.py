@@ -90,7 +90,7 @@ def _fetch_base(settings: FetchBaseSettings) -> None:
         with guarded({ALLOWED_ADDRESSES: ",".join(settings.allowed_addresses)}):
             credentials = read_credentials(settings.secret)
             set_proxies(credentials)
-            model = BaseModel(settings.uri, settings.revision, target, settings.gpus)
+            model = BaseModel(settings.uri, settings.revision, target, settings.gpus, settings.artifact_digest)
             fingerprint, arrival = fetch_base(model, credentials, cache)
     except ValueError as error:
         raise SetupError(f"{error}.") from None

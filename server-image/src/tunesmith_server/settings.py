@@ -52,6 +52,8 @@ class FetchBaseSettings(_StoreReaderSettings):
     """Location of the base model."""
     revision: Annotated[str | None, _POD] = None
     """Commit, tag or branch of an hf:// model; absent: the repository's default branch."""
+    artifact_digest: Annotated[str | None, Field(pattern=r"^sha256:[0-9a-f]{64}$"), _POD] = None
+    """Digest of the artifact whose whole model is at the uri: every file must have its published hash."""
     target: Annotated[Path, _POD]
     """Folder to fill."""
     cache: Annotated[Path | None, _POD] = None

@@ -113,6 +113,7 @@ class ServingPoolCondition(ConditionType):
     PROGRESSING = "Progressing", "True while pods are being started, stopped or replaced."
     DEGRADED = "Degraded", "True while a problem needs action."
     UPDATED = "Updated", "True if every pod has the current settings."
+    RESOLVED = "Resolved", "With baseModel.from: True if the FineTuneJob has published a whole model."
     SCALING_ACTIVE = "ScalingActive", "With autoscaling: True if every gateway reports its demand."
 
 
@@ -277,6 +278,16 @@ class ServingPoolReason(Reason):
     AS_EXPECTED = _detail("AsExpected", "No pod reports a problem.")
     INVALID_SPEC = _warning("InvalidSpec", "The spec is invalid, or the installation does not allow it.")
     MODEL_NAME_TAKEN = _warning("ModelNameTaken", "An older resource has the pool's model name.")
+    RESOLVED = _normal("Resolved", "The FineTuneJob in baseModel.from has published a whole model.")
+    FINE_TUNE_JOB_NOT_FOUND = _normal("FineTuneJobNotFound", "The FineTuneJob in baseModel.from does not exist.")
+    FINE_TUNE_JOB_RUNNING = _normal("FineTuneJobRunning", "The FineTuneJob in baseModel.from is not complete yet.")
+    FINE_TUNE_JOB_FAILED = _warning(
+        "FineTuneJobFailed", "The FineTuneJob in baseModel.from failed, for example because a gate did not pass."
+    )
+    NO_WHOLE_MODEL = _warning(
+        "NoWholeModel",
+        "The FineTuneJob in baseModel.from published an adapter only: it needs output.merge or method.full.",
+    )
     UNSCHEDULABLE = _warning("Unschedulable", "No node fits a pod. The message is the scheduler's.")
     IMAGE_PULL_FAILED = _warning("ImagePullFailed", "An image of the pods cannot be pulled.")
     CONFIGURATION = _warning(

@@ -20,7 +20,14 @@ from tunesmith.api.model import (
     StringPattern,
 )
 from tunesmith.api.placement import Resources, Scheduling, quantity_value
-from tunesmith.api.pool_base_model import BaseModelCache, CacheSize, PodBaseModel, PoolBaseModel, cache_rule
+from tunesmith.api.pool_base_model import (
+    BaseModelArtifact,
+    BaseModelCache,
+    CacheSize,
+    PodBaseModel,
+    PoolBaseModel,
+    cache_rule,
+)
 from tunesmith.api.selector import LabelSelector
 
 if TYPE_CHECKING:
@@ -377,7 +384,8 @@ class ServingPoolStatus(StatusModel):
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Conditions: Available, Progressing, Degraded, Updated and, with autoscaling, ScalingActive.",
+        description="Conditions: Available, Progressing, Degraded, Updated, with baseModel.from Resolved, and with "
+        "autoscaling ScalingActive.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="Observed metadata.generation.")
@@ -386,6 +394,11 @@ class ServingPoolStatus(StatusModel):
     )
     base_model: PodBaseModel | None = Field(
         default=None, description="Arrival of the base model on the newest pod that has it. Absent for mounted models."
+    )
+    base_model_artifact: BaseModelArtifact | None = Field(
+        default=None,
+        description="With baseModel.from: the artifact that the pods get. It stays while the FineTuneJob is missing, "
+        "or runs again.",
     )
     desired_replicas: int | None = Field(default=None, description="Desired number of pods.")
     desired_reason: str | None = Field(default=None, max_length=1024, description="Reason for desiredReplicas.")
@@ -458,6 +471,14 @@ class ServingPool(ApiModel):
             return self.spec.hold_seconds
         start = self.status.engine_start_seconds
         return None if start is None else min(_MAX_HOLD_SECONDS, 1.5 * start + _HOLD_MARGIN_SECONDS)
+
+    @property
+    def base_job(self) -> tuple[str, str] | None:
+        """Namespace and name of the FineTuneJob whose whole model is the base; None for a base with a uri."""
+        if self.spec.base_model.from_ is None:
+            return None
+        job = self.spec.base_model.from_.fine_tune_job
+        return job.namespace or self.metadata.namespace, job.name
 
     @property
     def model(self) -> str:

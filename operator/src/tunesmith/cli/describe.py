@@ -35,7 +35,7 @@ def summary(resource: Resource, now: datetime) -> str:
         return waiting(resource) or (f"{pods(resource)} pods of {pool}" if pool else "")
     status = resource.status
     free = f", {_free(status)} more adapters fit" if status.adapter_capacity is not None else ""
-    return waiting(resource) or f"{pods(resource)} pods{free}, {resource.spec.base_model.uri}"
+    return waiting(resource) or f"{pods(resource)} pods{free}, {resource.spec.base_model.origin}"
 
 
 def waiting(resource: AdapterDeployment | ServingPool) -> str:
@@ -144,7 +144,7 @@ def _of_pool(pool: ServingPool) -> list[tuple[str, str]]:
     active = f"{status.active_adapters or 0} active in {status.adapter_slots or 0} slots"
     return [
         ("model", pool.model),
-        ("base", pool.spec.base_model.uri),
+        ("base", pool.spec.base_model.origin),
         ("pods", pods(pool)),
         ("adapters", f"{status.adapters or 0} attached, {free} more fit, {active}"),
         ("highest rank", str(pool.spec.engine.max_lora_rank)),

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from tunesmith.api.finetunejob_status import EvaluationStatus, ServableStatus
 from tunesmith.api.model import StatusModel
-from tunesmith.contracts.location import ARTIFACT_MANIFEST
+from tunesmith.contracts.location import ARTIFACT_MANIFEST, MERGED_MANIFEST
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith.contracts.strict_json import parse_object
 
@@ -84,6 +84,11 @@ class ArtifactManifest(StatusModel):
         default=None,
         description="Adapters that training started from, the newest first. Absent: it started from a new adapter.",
     )
+    merged_sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of `merged.json` in the folder `merged` beside the artifact. Absent: nothing was merged.",
+    )
     hyperparameters: dict[str, Any]
     versions: dict[str, str]
     evaluation: EvaluationStatus | None = None
@@ -111,6 +116,18 @@ def parse_manifest(document: bytes) -> ArtifactManifest:
         raise ValueError(f"{ARTIFACT_MANIFEST} is malformed: {field}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{ARTIFACT_MANIFEST} is malformed: {error}") from None
+
+
+def merged_files(document: bytes) -> dict[str, str]:
+    """Return the SHA-256 of each file of a merged model, in hex, from its `merged.json`.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    files = parse_object(document, max_bytes=MAX_MANIFEST_BYTES, max_values=_MANIFEST_VALUES).get("files")
+    if not isinstance(files, dict) or not all(isinstance(sha256, str) for sha256 in files.values()):
+        raise ValueError(f"{MERGED_MANIFEST} is malformed: files is not an object of hashes")
+    return dict(files)
 
 
 def check_files(files: Mapping[str, ArtifactFile]) -> None:

@@ -62,15 +62,24 @@ def volumes(pool: ServingPool) -> list[Manifest]:
 
 def fetch_arguments(pool: ServingPool, settings: PoolSettings, secret: str) -> list[str]:
     """Return the arguments of the agent's image that download the base model. `secret`: folder of the credentials."""
-    source, cache = pool.spec.base_model, pool.spec.base_model_cache
-    arguments = ["fetch-base", "--uri", source.uri, "--target", BASE_FOLDER, "--fingerprint-file", FINGERPRINT_FILE]
+    source, cache, digest = pool.spec.base_model, pool.spec.base_model_cache, artifact_digest(pool)
+    arguments = ["fetch-base", "--uri", source.uri or "", "--target", BASE_FOLDER]
+    arguments += ["--fingerprint-file", FINGERPRINT_FILE]
     if source.revision is not None:
         arguments += ["--revision", source.revision]
+    if digest is not None:
+        arguments += ["--artifact-digest", digest]
     arguments += ["--secret", secret, *gpu_arguments(pool)]
     if cache is None:
         return [*arguments, "--storage", str(_bytes(settings.base_model_storage))]
     limit = [] if cache.max_size is None else ["--storage", str(_bytes(cache.max_size))]
     return [*arguments, "--cache", _CACHE, *limit]
+
+
+def artifact_digest(pool: ServingPool) -> str | None:
+    """Return the digest of the artifact whose whole model is the base; None for a base with a uri."""
+    artifact = pool.status.base_model_artifact
+    return None if pool.base_job is None or artifact is None else artifact.digest
 
 
 def gpu_arguments(pool: ServingPool) -> list[str]:
@@ -80,7 +89,7 @@ def gpu_arguments(pool: ServingPool) -> list[str]:
 
 def _mounted(pool: ServingPool) -> tuple[Manifest, str] | None:
     """Return the source of the volume and the folder in it, for a base model that is mounted."""
-    uri = pool.spec.base_model.uri
+    uri = pool.spec.base_model.uri or ""
     claim, image = volume_claim(uri), image_volume(uri)
     if claim is not None:
         return {"persistentVolumeClaim": {"claimName": claim[0], "readOnly": True}}, claim[1]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 READINESS_GATE = "tunesmith.dev/adapters"
 TEMPLATE_ANNOTATION = "tunesmith.dev/template"
 """Annotation of a pod with the digest of its template, and of a Deployment with that of its current template."""
+BASE_MODEL_ANNOTATION = "tunesmith.dev/base-model"
+"""Annotation of a pod with the digest of the artifact whose whole model is its base model."""
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 BASE_MODEL_CONTAINER = "base-model"
 AGENT_CONTAINER = "agent"
@@ -70,11 +72,12 @@ class PoolPod:
     `ready`: its Ready condition. `gate`: the observed readiness gate, None if it was never set. `stopping`: it is being
     deleted, or has finished. `problem`: problem reported by the API server. `failed_at`: time at which the pod
     finished. `restarts`: restarts of a container that is running again. `agent_since`: start time of the agent's
-    container, None while it does not run. `template`: digest of its template. `state`: the agent's latest state, None
-    before the first line. `is_reporting`: True if the latest line is recent. `silent_seconds`: time for which the
-    operator has read the agent's stream without receiving a line, None while it does not read it. `stream_error`:
-    error that broke that stream. `base_model`: arrival of its base model, None before, and for mounted models.
-    `unmounted_since`: time since which its node has been mounting its volumes.
+    container, None while it does not run. `template`: digest of its template. `base_artifact`: digest of the artifact
+    whose whole model is its base, None for a base with a uri. `state`: the agent's latest state, None before the first
+    line. `is_reporting`: True if the latest line is recent. `silent_seconds`: time for which the operator has read the
+    agent's stream without receiving a line, None while it does not read it. `stream_error`: error that broke that
+    stream. `base_model`: arrival of its base model, None before, and for mounted models. `unmounted_since`: time since
+    which its node has been mounting its volumes.
     """
 
     namespace: str
@@ -92,6 +95,7 @@ class PoolPod:
     agent_since: datetime | None = None
     containers_ready_since: datetime | None = None
     template: str | None = None
+    base_artifact: str | None = None
     state: PodState | None = None
     is_reporting: bool = False
     silent_seconds: float | None = None
@@ -175,6 +179,7 @@ def observe_pod(
         restarts=next(_restarts(status), None),
         agent_since=_running_since(status, AGENT_CONTAINER, metadata["creationTimestamp"]),
         template=annotations.get(TEMPLATE_ANNOTATION),
+        base_artifact=annotations.get(BASE_MODEL_ANNOTATION),
         containers_ready_since=_true_since(conditions.get("ContainersReady")),
         state=state,
         is_reporting=is_reporting,

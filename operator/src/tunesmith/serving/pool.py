@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.adapterdeployment import RevisionState
-from tunesmith.api.conditions import ConditionStatus, ServingPoolCondition
+from tunesmith.api.conditions import ConditionStatus, ServingPoolCondition, Severity
 from tunesmith.api.conditions import ServingPoolReason as Reason
 from tunesmith.api.image_volume import image_volume
 from tunesmith.api.pool_base_model import PodBaseModel
@@ -21,6 +21,7 @@ from tunesmith.serving.crashes import crash_status
 from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, is_evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
+from tunesmith.serving.resolve import short
 from tunesmith.serving.rolling import Rollout, RolloutHold, interruption
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tunesmith.contracts.claims import ModelNameClaim
     from tunesmith.contracts.refusal import Refusal
     from tunesmith.serving.pod import PoolPod
+    from tunesmith.serving.trained_base import BaseModelProblem
 
 _VICTIM_COST = -1000
 _IMAGES = (
@@ -56,7 +58,8 @@ class PoolObservation:
     `unknown_demand`: reason why the demand is not completely known, None if it is. `rollout`: the pods compared with
     the desired template. `rollback`: record for the status. `hold`: reason why their replacement does not begin.
     `max_surge`: see `rolling.surge`. `running`: current number of requests for the pool's models, None if unknown.
-    `busy`: engine names of adapters that are active much of the time.
+    `busy`: engine names of adapters that are active much of the time. `base_problem`: reason why the FineTuneJob of the
+    base model has no whole model now.
     """
 
     deployment: dict[str, Any] | None
@@ -74,6 +77,7 @@ class PoolObservation:
     max_surge: int = 0
     running: int | None = None
     busy: frozenset[str] = frozenset()
+    base_problem: BaseModelProblem | None = None
 
 
 @dataclass(frozen=True)
@@ -331,14 +335,16 @@ def _status(
 ) -> ServingPoolStatus:
     ready = sum(1 for pod in living if pod.serving)
     used = sum(len(frozenset(keys) - placement.best_effort) for keys in placement.pods.values())
-    fingerprint, differing = _fingerprint(pool, living)
+    fingerprint, differing = _fingerprint(pool, living, observation.rollout.outdated)
     problem = _first_problem(pool, observation, living, ready, now)
     conditions = {
-        ServingPoolCondition.AVAILABLE: _available(observation, ready, living, problem),
-        ServingPoolCondition.PROGRESSING: _progressing(observation, ready, living),
+        ServingPoolCondition.AVAILABLE: _available(pool, observation, ready, living, problem),
+        ServingPoolCondition.PROGRESSING: _progressing(pool, observation, ready, living),
         ServingPoolCondition.DEGRADED: _degraded(pool, observation, living, problem, differing),
         ServingPoolCondition.UPDATED: _updated(pool, observation, living),
     }
+    if pool.base_job is not None:
+        conditions[ServingPoolCondition.RESOLVED] = _resolved(pool, observation)
     if pool.spec.autoscaling is not None:
         conditions[ServingPoolCondition.SCALING_ACTIVE] = _scaling(observation)
     phase, decisive = _phase(conditions)
@@ -355,6 +361,7 @@ def _status(
         observed_generation=pool.metadata.generation,
         base_model_fingerprint=fingerprint,
         base_model=_base_model(pool, living),
+        base_model_artifact=pool.status.base_model_artifact if pool.base_job is not None else None,
         desired_replicas=observation.decision.replicas,
         desired_reason=old.desired_reason
         if is_same_size and old.desired_reason
@@ -402,7 +409,7 @@ def _phase(conditions: Mapping[ServingPoolCondition, _ConditionState]) -> tuple[
 
 
 def _available(
-    observation: PoolObservation, ready: int, living: Sequence[PoolPod], problem: Problem | None
+    pool: ServingPool, observation: PoolObservation, ready: int, living: Sequence[PoolPod], problem: Problem | None
 ) -> _ConditionState:
     desired = max(observation.decision.replicas, len(living))
     if any(pod.serving and pod.is_reporting for pod in living):
@@ -410,7 +417,7 @@ def _available(
     if ready:
         message = problem.message if problem else "their agents do not report"
         return _UNKNOWN, Reason.AGENT_SILENT, f"{ready} of {desired} pods are ready in Kubernetes; {message}"
-    if (blocked := _blocked(observation)) is not None:
+    if (blocked := _blocked(pool, observation)) is not None:
         return _FALSE, *blocked
     if observation.decision.replicas == 0:
         return _FALSE, Reason.SCALED_TO_ZERO, "replicas is 0: raise it to serve"
@@ -419,8 +426,16 @@ def _available(
     return _FALSE, Reason.NO_POD_READY, f"0 of {observation.decision.replicas} pods ready"
 
 
-def _blocked(observation: PoolObservation) -> tuple[Reason, str] | None:
+def _blocked(pool: ServingPool, observation: PoolObservation) -> tuple[Reason, str] | None:
     """Return why the pool's objects cannot be written; None if they can."""
+    if (refused := _refused(observation)) is not None:
+        return refused
+    problem = observation.base_problem
+    return None if problem is None or pool.spec.base_model.uri is not None else (problem.reason, problem.message)
+
+
+def _refused(observation: PoolObservation) -> tuple[Reason, str] | None:
+    """Return why the spec, or a write of one of the pool's objects, is refused; None if it is not."""
     if observation.invalid is not None:
         return Reason.INVALID_SPEC, observation.invalid
     if observation.refusal is not None:
@@ -428,10 +443,12 @@ def _blocked(observation: PoolObservation) -> tuple[Reason, str] | None:
     return None
 
 
-def _progressing(observation: PoolObservation, ready: int, living: Sequence[PoolPod]) -> _ConditionState:
+def _progressing(
+    pool: ServingPool, observation: PoolObservation, ready: int, living: Sequence[PoolPod]
+) -> _ConditionState:
     desired = observation.decision.replicas
     status = (observation.deployment or {}).get("status") or {}
-    if (blocked := _blocked(observation)) is not None:
+    if (blocked := _blocked(pool, observation)) is not None:
         return _FALSE, *blocked
     if (failure := _update_failure(observation.rollout)) is not None:
         return _FALSE, Reason.UPDATE_FAILED, failure
@@ -454,7 +471,8 @@ def _degraded(
 ) -> _ConditionState:
     silent = next((pod.name for pod in living if pod.ready and not pod.is_reporting), None)
     sentences: list[tuple[Reason, str | None]] = [
-        _blocked(observation) or (Reason.AS_EXPECTED, None),
+        _refused(observation) or (Reason.AS_EXPECTED, None),
+        _severe(observation.base_problem) or (Reason.AS_EXPECTED, None),
         (Reason.PODS_REFUSED, refusal_of_pods(observation.deployment)),
         (Reason.AS_EXPECTED, None) if problem is None else (problem.reason, problem.message),
         (Reason.FINGERPRINTS_DIFFER, differing),
@@ -472,6 +490,24 @@ def _degraded(
     )
 
 
+def _severe(problem: BaseModelProblem | None) -> tuple[Reason, str] | None:
+    """Return a problem that needs action: a FineTuneJob that does not exist yet, or runs, needs none."""
+    if problem is None or problem.reason.severity is not Severity.WARNING:
+        return None
+    return problem.reason, problem.message
+
+
+def _resolved(pool: ServingPool, observation: PoolObservation) -> _ConditionState:
+    """Return the condition of the FineTuneJob that the base model comes from."""
+    artifact, problem = pool.status.base_model_artifact, observation.base_problem
+    if observation.invalid is not None or artifact is None or problem is not None:
+        reason, message = (
+            (Reason.INVALID_SPEC, observation.invalid or "") if problem is None else (problem.reason, problem.message)
+        )
+        return _FALSE, reason, message
+    return _TRUE, Reason.RESOLVED, f"{pool.spec.base_model.origin}, artifact {short(artifact.digest)}"
+
+
 def _taken(pool: ServingPool, by: ModelNameClaim | None) -> str | None:
     if by is None:
         return None
@@ -483,7 +519,7 @@ def _taken(pool: ServingPool, by: ModelNameClaim | None) -> str | None:
 
 def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod]) -> _ConditionState:
     rollout = observation.rollout
-    if (blocked := _blocked(observation)) is not None:
+    if (blocked := _blocked(pool, observation)) is not None:
         return _FALSE, *blocked
     if observation.hold is not None:
         reason = Reason.UPDATE_BLOCKED if observation.hold.failed else Reason.UPDATE_PENDING
@@ -541,7 +577,9 @@ def _first_problem(
     pod, problem = found[0]
     more = len(found) - 1
     others = f"; {more} more pod{' reports a problem' if more == 1 else 's report problems'}" if more else ""
-    needs_images = problem.reason is Reason.VOLUMES_NOT_MOUNTED and image_volume(pool.spec.base_model.uri) is not None
+    needs_images = (
+        problem.reason is Reason.VOLUMES_NOT_MOUNTED and image_volume(pool.spec.base_model.uri or "") is not None
+    )
     return Problem(problem.reason, f"pod {pod.name}: {problem.message}{_IMAGES if needs_images else ''}{others}")
 
 
@@ -567,12 +605,18 @@ def _base_model(pool: ServingPool, living: Sequence[PoolPod]) -> PodBaseModel | 
     return PodBaseModel(pod=name, **arrival.model_dump())
 
 
-def _fingerprint(pool: ServingPool, living: Sequence[PoolPod]) -> tuple[str | None, str | None]:
-    """Return the base's fingerprint, and a sentence if the pods report different ones."""
+def _fingerprint(
+    pool: ServingPool, living: Sequence[PoolPod], outdated: frozenset[str]
+) -> tuple[str | None, str | None]:
+    """Return the base's fingerprint, and a sentence if the pods report different ones.
+
+    While the pods get a newer artifact of their FineTuneJob, the outdated ones have another fingerprint.
+    """
     known = pool.status.base_model_fingerprint
+    compared = [pod for pod in living if pool.base_job is None or pod.name not in outdated]
     reported = {
         pod.name: pod.state.base_model_fingerprint
-        for pod in living
+        for pod in compared
         if pod.state is not None
         and pod.state.base_model_fingerprint is not None
         and _FINGERPRINT.fullmatch(pod.state.base_model_fingerprint)

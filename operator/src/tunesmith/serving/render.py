@@ -32,7 +32,13 @@ from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.network import NetworkPolicySettings, network_policy
 from tunesmith.contracts.ownership import controller_of
 from tunesmith.serving import base_model
-from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
+from tunesmith.serving.pod import (
+    AGENT_CONTAINER,
+    BASE_MODEL_ANNOTATION,
+    BASE_MODEL_CONTAINER,
+    ENGINE_CONTAINER,
+    READINESS_GATE,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -176,7 +182,7 @@ def deployment(pool: ServingPool, settings: PoolSettings, replicas: int, max_sur
             "template": {
                 "metadata": {
                     "labels": {**_labels(pool), POOL_UID_LABEL: pool.metadata.uid},
-                    "annotations": {"kubectl.kubernetes.io/default-container": ENGINE_CONTAINER},
+                    "annotations": _annotations(pool),
                 },
                 "spec": _pod(pool, settings),
             },
@@ -194,6 +200,12 @@ def _metadata(pool: ServingPool, name: str) -> Manifest:
         "blockOwnerDeletion": True,
     }
     return {"name": name, "namespace": pool.metadata.namespace, "labels": _labels(pool), "ownerReferences": [owner]}
+
+
+def _annotations(pool: ServingPool) -> dict[str, str]:
+    digest = base_model.artifact_digest(pool)
+    base = {} if digest is None else {BASE_MODEL_ANNOTATION: digest}
+    return {"kubectl.kubernetes.io/default-container": ENGINE_CONTAINER, **base}
 
 
 def _labels(pool: ServingPool) -> dict[str, str]:

@@ -67,22 +67,18 @@ def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store:
         store: the installation's store. The location is computed, never taken from a pod's report.
     """
     name, namespace = adapter.spec.adapter_from.fine_tune_job.name, adapter.metadata.namespace
-    if job is None:
-        return Unresolved(
-            Reason.FINE_TUNE_JOB_NOT_FOUND,
-            f"waits for FineTuneJob {name}, which does not exist in namespace "
-            f"{namespace}: create it, or correct spec.adapterFrom",
-        )
+    problem = unfinished(
+        job,
+        name,
+        namespace,
+        missing="create it, or correct spec.adapterFrom",
+        failed="name another one in spec.adapterFrom",
+    )
+    if problem is not None:
+        return problem
+    assert job is not None  # noqa: S101 - `unfinished` returned otherwise
     status = job.status
-    failed = find(status.conditions, FineTuneJobCondition.FAILED)
-    if failed is not None and is_true(status.conditions, FineTuneJobCondition.FAILED):
-        return Unresolved(
-            Reason.FINE_TUNE_JOB_FAILED,
-            f"FineTuneJob {name} failed with {failed.reason}: {failed.message}; "
-            "name another one in spec.adapterFrom".replace(".; ", "; "),
-        )
-    if not is_true(status.conditions, FineTuneJobCondition.COMPLETE) or status.artifact is None:
-        return Unresolved(Reason.FINE_TUNE_JOB_RUNNING, f"waits for FineTuneJob {name}, which is {_progress(job)}")
+    assert status.artifact is not None  # noqa: S101
     if not status.artifact.servable.vllm:
         return Unresolved(
             Reason.NOT_SERVABLE,
@@ -96,6 +92,33 @@ def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store:
         origin=f"FineTuneJob {name}",
         rank=_rank(job),
     )
+
+
+def unfinished(job: FineTuneJob | None, name: str, namespace: str, *, missing: str, failed: str) -> Unresolved | None:
+    """Return the reason why a FineTuneJob has not published an artifact that may be served; None if it has.
+
+    Args:
+        job: the FineTuneJob; None if it does not exist.
+        name: its name.
+        namespace: its namespace.
+        missing: what to do if it does not exist.
+        failed: what to do if it failed.
+    """
+    if job is None:
+        return Unresolved(
+            Reason.FINE_TUNE_JOB_NOT_FOUND,
+            f"waits for FineTuneJob {name}, which does not exist in namespace {namespace}: {missing}",
+        )
+    status = job.status
+    failure = find(status.conditions, FineTuneJobCondition.FAILED)
+    if failure is not None and is_true(status.conditions, FineTuneJobCondition.FAILED):
+        return Unresolved(
+            Reason.FINE_TUNE_JOB_FAILED,
+            f"FineTuneJob {name} failed with {failure.reason}: {failure.message}; {failed}".replace(".; ", "; "),
+        )
+    if not is_true(status.conditions, FineTuneJobCondition.COMPLETE) or status.artifact is None:
+        return Unresolved(Reason.FINE_TUNE_JOB_RUNNING, f"waits for FineTuneJob {name}, which is {_progress(job)}")
+    return None
 
 
 def _rank(job: FineTuneJob) -> int | None:
@@ -256,7 +279,7 @@ def _named(
             Reason.BASE_MODEL_MISMATCH,
             f"the adapter was trained on the base {short(fingerprint)} and ServingPool "
             f"{namespace}/{wanted.name} serves {short(pool_fingerprint)} "
-            f"({pool.spec.base_model.uri}): name a pool with the base that the FineTuneJob names",
+            f"({pool.spec.base_model.origin}): name a pool with the base that the FineTuneJob names",
         )
     return pool
 

@@ -11,10 +11,16 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import Stage
 from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import digest_of
-from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, MERGED_FOLDER, beside_artifact
+from tunesmith.contracts.location import (
+    ARTIFACT_FOLDER,
+    ARTIFACT_MANIFEST,
+    MERGED_FOLDER,
+    MERGED_MANIFEST,
+    beside_artifact,
+)
 from tunesmith.contracts.parity import PARITY_ROWS_FILE
 from tunesmith.contracts.result import ExportResult, Outcome
-from tunesmith_trainer.artifact import merge, package
+from tunesmith_trainer.artifact import package
 from tunesmith_trainer.errors import InvalidSpecError, SelfCheckError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.hub import Repository
 from tunesmith_trainer.manifest import spec_digest
@@ -163,11 +169,11 @@ def _gathered(job: FineTuneJob, stores: Stores, published: Folder, work: Path, r
         uri = beside_artifact(published.uri, MERGED_FOLDER)
         beside = stores.folder(uri, what="the merged model", missing=StorageUnavailableError).child(retry=retry)
         (work / MERGED_FOLDER).mkdir(exist_ok=True)
-        document = beside.read(merge.MANIFEST)
+        document = beside.read(MERGED_MANIFEST)
         for name, digest in json.loads(document)["files"].items():
             files[f"{MERGED_FOLDER}/{name}"] = _local_copy(name, digest, work / MERGED_FOLDER, beside)
-        (work / MERGED_FOLDER / merge.MANIFEST).write_bytes(document)
-        files[f"{MERGED_FOLDER}/{merge.MANIFEST}"] = work / MERGED_FOLDER / merge.MANIFEST
+        (work / MERGED_FOLDER / MERGED_MANIFEST).write_bytes(document)
+        files[f"{MERGED_FOLDER}/{MERGED_MANIFEST}"] = work / MERGED_FOLDER / MERGED_MANIFEST
     (folder / ARTIFACT_MANIFEST).write_bytes(published.read(ARTIFACT_MANIFEST))
     return {**files, ARTIFACT_MANIFEST: folder / ARTIFACT_MANIFEST}
 

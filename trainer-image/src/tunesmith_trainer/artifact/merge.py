@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.api.output import Merge
+from tunesmith.contracts.location import MERGED_MANIFEST
 from tunesmith_trainer.artifact.parity import serving_type
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits, relative_distance
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from tunesmith.api.methods.fields import Quantization
     from tunesmith.storage.folder import Folder
-
-MANIFEST = "merged.json"
 
 
 def merge(
@@ -87,7 +86,7 @@ def merge(
         "relativeLogitError": error,
         "files": {file.name: file_sha256(file) for file in sorted(target.iterdir())},
     }
-    (target / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (target / MERGED_MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return error
 
 
@@ -111,5 +110,5 @@ def describe(error: float) -> str:
 
 def publish(folder: Path, target: Folder) -> None:
     """Upload the merged model, its manifest last."""
-    for name in sorted((file.name for file in folder.iterdir()), key=lambda name: (name == MANIFEST, name)):
+    for name in sorted((file.name for file in folder.iterdir()), key=lambda name: (name == MERGED_MANIFEST, name)):
         target.upload(name, folder / name)

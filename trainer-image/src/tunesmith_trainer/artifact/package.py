@@ -17,7 +17,7 @@ from tunesmith.api.finetunejob_status import ArtifactStatus
 from tunesmith.api.hyperparameters import Precision
 from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
-from tunesmith.contracts.location import ARTIFACT_MANIFEST
+from tunesmith.contracts.location import ARTIFACT_MANIFEST, MERGED_MANIFEST
 from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, gap_of
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.artifact import card, curves, merge, parity
@@ -87,7 +87,10 @@ def build(
         relative_logit_error=error,
         parity_gap=gap,
     )
-    return _manifest(job, prepared, trained, folder, adapter, versions), merge_error
+    manifest = _manifest(job, prepared, trained, folder, adapter, versions)
+    if merge_error is not None:
+        manifest = manifest.model_copy(update={"merged_sha256": file_sha256(merged / MERGED_MANIFEST)})
+    return manifest, merge_error
 
 
 def _save_weights(

@@ -29,7 +29,7 @@ from tunesmith.contracts.scheduling import scheduling_violation
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, label_keys, owner_keys
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
-from tunesmith.controller.serving.state import MODEL
+from tunesmith.controller.serving.state import BASE_JOB, MODEL
 from tunesmith.serving.adapter import needs_room
 from tunesmith.serving.crashes import crash_events
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
@@ -37,14 +37,16 @@ from tunesmith.serving.pool import PlacementCache, PoolObservation, PoolPlan, pl
 from tunesmith.serving.poolview import PoolView
 from tunesmith.serving.render import deployment, disruption_budget, isolation, key_secret, reserved
 from tunesmith.serving.rollback import effective_pool, next_rollback
-from tunesmith.serving.rolling import cause_of, needs_room_check, observe_rollout, stamped, surge
+from tunesmith.serving.rolling import Rollout, cause_of, needs_room_check, observe_rollout, stamped, surge
 from tunesmith.serving.scale_events import scale_events
+from tunesmith.serving.trained_base import BaseModelProblem, forbidden_job, resolve_base, with_base
 from tunesmith.streams import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.servingpool import ServingPool, ServingPoolStatus
     from tunesmith.cluster.resources import Object
     from tunesmith.contracts.agent import Keys
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
     from tunesmith.contracts.transitions import NewEvent
     from tunesmith.controller.serving.state import ServingState
     from tunesmith.serving.pod import PoolPod
-    from tunesmith.serving.rolling import Rollout
 
 KIND = "ServingPool"
 _TICK_SECONDS = 2.0
@@ -90,6 +91,7 @@ class ServingPoolReconciler:
             Watch("Deployment", owner_keys(KIND), MANAGED),
             Watch("Pod", label_keys(KIND, POOL_LABEL), MANAGED),
             Watch("AdapterDeployment", _keys_of_adapter),
+            Watch("FineTuneJob", self._keys_of_job),
         )
 
     async def reconcile(self, key: Key) -> Result:
@@ -103,20 +105,27 @@ class ServingPoolReconciler:
             self._rollouts.forget(manifest["metadata"]["uid"])
             await self._state.statuses.write_unreadable(manifest, self._state.pools.error(manifest))
             return Result()
-        declared, pool = pool, effective_pool(pool, pool.status.rollback)
+        barred = forbidden_job(pool, self._context.settings.shared_namespaces)
+        found = resolve_base(pool, self._job(pool), self._context.settings.store) if barred is None else None
+        declared, pool = pool, with_base(effective_pool(pool, pool.status.rollback), found)
         self._uids[key] = pool.metadata.uid
         self._follow(key, pool)
         if not self._state.settled(pool):
             # Placing adapters without knowing those of the pods would move them needlessly.
             return Result(_UNSETTLED_SECONDS)
         attached = self._state.attached(pool)
-        invalid = reserved(pool) or self._forbidden(pool)
+        invalid = barred or reserved(pool) or self._forbidden(pool)
         decision, spread = self._pods(pool, attached)
         observed, pods = self._state.deployment(pool), self._state.pods(pool)
         rendered = deployment(pool, self._context.settings, decision.replicas)
-        rollout = observe_rollout(pool, rendered, observed, pods, self._context.now())
+        has_base = pool.spec.base_model.uri is not None
+        rollout = (
+            observe_rollout(pool, rendered, observed, pods, self._context.now())
+            if has_base
+            else Rollout(f"{key.namespace}/{key.name}")
+        )
         rollback = next_rollback(declared, rollout)
-        pool = effective_pool(declared, rollback)
+        pool = with_base(effective_pool(declared, rollback), found)
         hold = self._rollouts.record(pool.metadata.uid, rollout, self._state.pools.list)
         needs_check = needs_room_check(pool, decision.replicas, rollout)
         has_room = await self._rollouts.has_room(pool, rendered) if needs_check else None
@@ -135,13 +144,15 @@ class ServingPoolReconciler:
             running=self._running(pool, attached, rollout),
             busy=self._busy(pool, pods),
             max_surge=surge(pool, decision.replicas, rollout, observed, has_room=has_room),
+            base_problem=found if isinstance(found, BaseModelProblem) else None,
         )
         started = time.perf_counter()
         cache = self._placements.setdefault(pool.metadata.uid, PlacementCache())
         pool_plan = plan(pool, observation, self._context.now(), cache)
         rest = min(_MAX_REST_SECONDS, _REST * (time.perf_counter() - started))
-        refused = await self._apply(pool, observation, pool_plan.replicas) if invalid is None else None
-        if invalid is not None or refused is not None:
+        may_apply = invalid is None and has_base
+        refused = await self._apply(pool, observation, pool_plan.replicas) if may_apply else None
+        if not may_apply or refused is not None:
             self._rollouts.withdraw(pool.metadata.uid)
         refused = await self._act(pool, pool_plan) or refused
         if refused is not None:
@@ -161,12 +172,24 @@ class ServingPoolReconciler:
     def _forbidden(self, pool: ServingPool) -> str | None:
         """Return the reason why the installation does not allow the pool's pods; None if it allows them."""
         settings, spec = self._context.settings, pool.spec
-        if reads_foreign_store(settings.store, pool.metadata.namespace, spec.base_model.uri):
+        uri = spec.base_model.uri
+        # The location of a FineTuneJob's model is computed; `forbidden_job` decides about it.
+        if pool.base_job is None and uri and reads_foreign_store(settings.store, pool.metadata.namespace, uri):
             return (
-                f"spec.baseModel.uri {spec.base_model.uri} is in this installation's store, but outside the folder "
+                f"spec.baseModel.uri {uri} is in this installation's store, but outside the folder "
                 f"of namespace {pool.metadata.namespace}: use a location outside the store"
             )
         return scheduling_violation(spec.scheduling, spec.resources, settings)
+
+    def _keys_of_job(self, job: Object) -> Iterable[Key]:
+        """Return the pools whose base model is the result of a FineTuneJob."""
+        metadata = job["metadata"]
+        pools = self._context.caches[KIND].find(BASE_JOB, f"{metadata['namespace']}/{metadata['name']}")
+        return map(key_of, pools)
+
+    def _job(self, pool: ServingPool) -> FineTuneJob | None:
+        """Return the FineTuneJob whose whole model is the pool's base; None if there is none."""
+        return None if pool.base_job is None else self._state.jobs.get(*pool.base_job)
 
     async def run(self) -> None:
         """Read the agents' streams and send them their lists."""

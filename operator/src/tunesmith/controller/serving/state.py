@@ -39,6 +39,8 @@ SOURCE = "source"
 """Index of AdapterDeployments by their FineTuneJob."""
 OPEN_BASE = "open-base"
 """Index of ServingPools that may admit other namespaces, by the fingerprint of their base."""
+BASE_JOB = "base-job"
+"""Index of ServingPools by the FineTuneJob whose whole model is their base."""
 POOL = "pool"
 """Index of pods by their pool's UID."""
 _MAX_FOREIGN_POOLS = 50
@@ -263,6 +265,12 @@ def _open_base(pool: Object) -> Iterable[str]:
         yield fingerprint
 
 
+def _base_job(pool: Object) -> Iterable[str]:
+    job = (pool["spec"]["baseModel"].get("from") or {}).get("fineTuneJob")
+    if job:
+        yield f"{job.get('namespace') or pool['metadata']['namespace']}/{job['name']}"
+
+
 def is_shared(pool: Object) -> bool:
     """Return True if a pool may admit other namespaces than its own."""
     return bool((pool["spec"].get("allowedNamespaces") or {}).get("from", "Same") != "Same")
@@ -282,5 +290,6 @@ _INDEXES: tuple[tuple[str, str, Callable[[Object], Iterable[str]]], ...] = (
     ("AdapterDeployment", SOURCE, _source),
     ("ServingPool", MODEL, _model),
     ("ServingPool", OPEN_BASE, _open_base),
+    ("ServingPool", BASE_JOB, _base_job),
     ("Pod", POOL, _pool_of_pod),
 )
