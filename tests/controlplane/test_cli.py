@@ -194,9 +194,9 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     ]
     assert key not in output
 
-    limits = ("--requests-per-minute", "60", "--max-concurrency", "4", "--expires-in", "90d")
+    limits = ("--requests-per-minute", "60", "--tokens-per-day", "9", "--max-concurrency", "4", "--expires-in", "90d")
     code, output, notes = tunesmith(apiserver, "keys", "create", "ci", "-n", "team", *limits, *own)
-    assert (code, "team, 60/min and 4 at once. Keep it" in notes) == (0, True)
+    assert (code, "team, 60/min and 9 tokens/day and 4 at once. Keep it" in notes) == (0, True)
     first = output.strip()
     code, output, _ = tunesmith(apiserver, "keys", "rotate", "ci", "--overlap", "7d", *own)
     second = output.strip()
@@ -204,11 +204,11 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     shown = apiserver.kubectl("get", "configmap", "api-key-ci", "-n", namespace, "-o", "json").stdout
     stored = parse_key_record(json.loads(shown))
     assert (stored.digest, stored.previous_digest) == (key_digest(second), key_digest(first))
-    assert (stored.requests_per_minute, stored.max_concurrency) == (60, 4)
+    assert (stored.requests_per_minute, stored.tokens_per_day, stored.max_concurrency) == (60, 9, 4)
     assert stored.expires is not None
     assert stored.expires - stored.previous_expires == pytest.approx(83 * 24 * 3600, abs=120)
     code, output, _ = tunesmith(apiserver, "keys", "list", *own)
-    assert "60/min,4 at once" in output
+    assert "60/min,9 tokens/day,4 at once" in output
     code, _, problems = tunesmith(apiserver, "keys", "rotate", "nobody", *own)
     assert (code, "the key nobody does not exist" in problems) == (1, True)
     assert tunesmith(apiserver, "keys", "create", "old", "--expires-in", "0s", *own)[0] == 0

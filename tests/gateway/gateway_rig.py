@@ -261,7 +261,7 @@ class FakePod:
         self.max_running = max(self.max_running, self.running)
         try:
             if body.get("stream"):
-                return await self._stream(request, model)
+                return await self._stream(request, model, usage=(body.get("stream_options") or {}).get("include_usage"))
             await self.gate.wait()
             return web.Response(body=_completion(model, self.name), content_type="application/json")
         except (asyncio.CancelledError, ConnectionResetError):
@@ -270,12 +270,17 @@ class FakePod:
         finally:
             self.running -= 1
 
-    async def _stream(self, request: web.Request, model: str) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, model: str, *, usage: bool | None) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         for word in ("Ahoy", " there", f" from {self.name}"):
             await response.write(_chunk(model, word))
             await self.gate.wait()
+        if usage:
+            await response.write(
+                b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"%s","choices":[],'
+                b'"usage":{"prompt_tokens":1,"total_tokens":4,"completion_tokens":3}}\n\n' % model.encode()
+            )
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response

@@ -1,4 +1,4 @@
-"""Limits of API keys: requests per minute, sequences at once, expiry and rotation."""
+"""Limits of API keys: requests, tokens, sequences at once, expiry and rotation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from tests.gateway.gateway_rig import OWN_NAMESPACE, adapter_manifest, eventually
 from tunesmith.contracts.apikey import key_record, new_key, parse_key_record, rotated
 from tunesmith.gateway.keys import ExpiredKeyError, KeyTable
+from tunesmith.gateway.usage import AnswerUsage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -97,6 +98,100 @@ async def test_sequences_at_once(start: Start) -> None:
     assert (await rig.chat("pirate", key=key, n=3))[0] == 200, "finished ones no longer count"
     status, answer = await rig.chat("pirate", key=key, n=4)
     assert (status, answer["error"]["code"]) == (400, "too_many_sequences")
+
+
+async def test_tokens_per_minute(start: Start) -> None:
+    rig = await pirate(start)
+    key = await known(rig, "limited", tokens_per_minute=100)
+    body = {"model": "pirate", "messages": [], "max_tokens": 90}
+    left = []
+    for _ in range(3):
+        status, _, headers = await rig.post(body, key=key)
+        assert status == 200
+        assert headers["x-ratelimit-limit-tokens"] == "100"
+        left.append(int(headers["x-ratelimit-remaining-tokens"]))
+    assert [left[0] - later for later in left] == [0, 2, 4], "each answer used 2 tokens, of those reserved"
+    status, answer, headers = await rig.post(body | {"max_tokens": 96}, key=key)
+    assert (status, answer["error"]["code"], answer["error"]["type"]) == (429, "rate_limit_exceeded", "tokens")
+    assert "may use 100 tokens per minute" in answer["error"]["message"]
+    assert 1 <= int(headers["Retry-After"]) <= 60
+    assert (await rig.post(body, key=key))[0] == 200, "a refused request uses nothing"
+    status, answer, _ = await rig.post(body | {"max_tokens": 200}, key=key)
+    assert (status, answer["error"]["code"]) == (400, "too_many_tokens")
+
+
+async def test_tokens_of_running_requests_are_reserved(start: Start) -> None:
+    rig = await pirate(start)
+    key = await known(rig, "limited", tokens_per_day=100)
+    pod = rig.pods[0]
+    pod.gate.clear()
+    first = asyncio.create_task(rig.chat("pirate", key=key, max_completion_tokens=60))
+    await eventually(lambda: pod.running == 1, "the first request runs")
+    status, answer = await rig.chat("pirate", key=key, max_tokens=60)
+    assert (status, answer["error"]["type"]) == (429, "tokens")
+    assert "tokens per day" in answer["error"]["message"]
+    pod.gate.set()
+    assert (await first)[0] == 200
+    assert (await rig.chat("pirate", key=key, max_tokens=60))[0] == 200
+
+
+async def test_a_request_that_fails_uses_no_tokens(start: Start) -> None:
+    rig = await pirate(start, hold_seconds=0)
+    key = await known(rig, "limited", tokens_per_minute=100)
+    rig.pods[0].resident.clear()
+    await rig.pods[0].notify()
+    await eventually(lambda: not rig.gateway.backends._by_uid[rig.pods[0].uid].resident, "no pod holds the model")
+    assert [(await rig.chat("pirate", key=key, max_tokens=60))[0] for _ in range(3)] == [503] * 3
+    await rig.pods[0].hold(PIRATE)
+    await eventually(lambda: rig.gateway.backends._by_uid[rig.pods[0].uid].resident, "the pod holds the model")
+    assert (await rig.chat("pirate", key=key, max_tokens=60))[0] == 200
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_the_tokens_of_a_stream_are_counted(start: Start, *, asked: bool) -> None:
+    rig = await pirate(start)
+    key = await known(rig, "limited", tokens_per_minute=1000)
+    options = {"stream_options": {"include_usage": True}} if asked else {}
+    body = {"model": "pirate", "messages": [], "stream": True, **options}
+    headers, left = {"Authorization": f"Bearer {key}"}, []
+    for _ in range(2):
+        async with rig.http.post(f"{rig.url}/v1/chat/completions", json=body, headers=headers) as response:
+            left.append(int(response.headers["x-ratelimit-remaining-tokens"]))
+            text = await response.read()
+        assert text.endswith(b"data: [DONE]\n\n")
+        assert (b'"usage"' in text) == asked
+        assert rig.pods[0].seen[-1]["stream_options"] == {"include_usage": True}
+    assert left[0] - left[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("events", "hide", "kept", "tokens"),
+    [
+        ([b'data: {"choices":[1]}'], True, 1, 8),
+        ([b'data: {"choices":[1]}', b'data: {"choices":[],"usage":{"total_tokens":3}}'], True, 1, 3),
+        ([b'data: {"choices":[1]}', b'data: {"choices":[],"usage":{"total_tokens":3}}'], False, 2, 3),
+        ([b'data: {"choices":[1],"usage":{"a":1,"total_tokens":5}}'], True, 1, 5),
+        ([rb'data: {"choices":[{"text":"\"usage\":{\"total_tokens\":1}"}]}'], True, 1, 8),
+    ],
+)
+def test_usage_in_a_stream(events: list[bytes], kept: int, tokens: int, *, hide: bool) -> None:
+    usage = AnswerUsage(7, hide=hide)
+    passed = b"".join(usage.pass_events(event + b"\n\n") for event in events)
+    assert passed == b"".join(event + b"\n\n" for event in events[:kept])
+    assert usage.tokens == tokens
+    at_once = AnswerUsage(7, hide=hide)
+    assert at_once.pass_events(b"".join(event + b"\n\n" for event in events)) == passed
+    assert at_once.tokens == tokens
+
+
+def test_usage_of_a_long_answer() -> None:
+    usage = AnswerUsage(7, hide=False)
+    for piece in (b"x" * 10_000, b'"choices":[],"usage":{"prompt_tok', b'ens":1,"total_tokens":123456},"x":null}'):
+        usage.read_body(piece)
+    assert usage.tokens == 123_456
+    without = AnswerUsage(7, hide=False)
+    without.read_body(b"x" * 400)
+    assert without.tokens == 107
 
 
 async def test_a_client_that_leaves_frees_its_sequences(start: Start) -> None:

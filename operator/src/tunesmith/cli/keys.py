@@ -69,6 +69,14 @@ def create(
         int | None,
         typer.Option(min=1, max=999_999_999, help="Requests that it may send in a minute; absent: no limit."),
     ] = None,
+    tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(min=1, max=999_999_999, help="Tokens of prompts and answers in a minute; absent: no limit."),
+    ] = None,
+    tokens_per_day: Annotated[
+        int | None,
+        typer.Option(min=1, max=999_999_999, help="Tokens of prompts and answers in a day; absent: no limit."),
+    ] = None,
     max_concurrency: Annotated[
         int | None,
         typer.Option(min=1, max=999_999_999, help="Sequences (choices × prompts) running at once; absent: no limit."),
@@ -96,8 +104,12 @@ def create(
                 allow_namespace or [],
                 model or [],
                 gateway_namespace,
-                requests_per_minute=requests_per_minute,
-                max_concurrency=max_concurrency,
+                limits={
+                    "requests_per_minute": requests_per_minute,
+                    "tokens_per_minute": tokens_per_minute,
+                    "tokens_per_day": tokens_per_day,
+                    "max_concurrency": max_concurrency,
+                },
                 expires=_after(expires_in, "--expires-in") if expires_in else None,
                 output_format=output_format,
             )
@@ -180,8 +192,7 @@ async def _create(
     models: list[str],
     gateway_namespace: str,
     *,
-    requests_per_minute: int | None,
-    max_concurrency: int | None,
+    limits: dict[str, int | None],
     expires: datetime | None,
     output_format: Format,
 ) -> None:
@@ -204,9 +215,8 @@ async def _create(
             home=home,
             namespaces=namespaces,
             models=allowed,
-            requests_per_minute=requests_per_minute,
-            max_concurrency=max_concurrency,
             expires=expires,
+            **limits,
         )
         try:
             await cluster.create(record)
@@ -264,6 +274,8 @@ def _fields(key: ApiKey) -> dict[str, object]:
         "namespaces": sorted(key.namespaces),
         "models": ["*"] if key.models is None else sorted(key.models),
         "requestsPerMinute": key.requests_per_minute,
+        "tokensPerMinute": key.tokens_per_minute,
+        "tokensPerDay": key.tokens_per_day,
         "maxConcurrency": key.max_concurrency,
         "expires": expires and expires.isoformat().replace("+00:00", "Z"),
     }
@@ -272,7 +284,12 @@ def _fields(key: ApiKey) -> dict[str, object]:
 def _limits_text(key: ApiKey, separator: str) -> str:
     texts = [
         f"{limit}{unit}"
-        for limit, unit in ((key.requests_per_minute, "/min"), (key.max_concurrency, " at once"))
+        for limit, unit in (
+            (key.requests_per_minute, "/min"),
+            (key.tokens_per_minute, " tokens/min"),
+            (key.tokens_per_day, " tokens/day"),
+            (key.max_concurrency, " at once"),
+        )
         if limit is not None
     ]
     return separator.join(texts)

@@ -37,6 +37,8 @@ class ApiKey:
         namespaces: namespaces whose models may be called.
         models: global ids that may be called; None: all in those namespaces.
         requests_per_minute: requests that are accepted in a minute; None: no limit.
+        tokens_per_minute: tokens of prompts and answers in a minute; None: no limit.
+        tokens_per_day: tokens of prompts and answers in a day; None: no limit.
         max_concurrency: sequences that may run at once; None: no limit.
         expires: Unix time in seconds from which the key is refused; None: never.
         previous_digest: SHA-256 of the key that this one replaces, or None.
@@ -49,6 +51,8 @@ class ApiKey:
     namespaces: frozenset[str]
     models: frozenset[str] | None
     requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
     max_concurrency: int | None = None
     expires: float | None = None
     previous_digest: bytes | None = None
@@ -78,6 +82,8 @@ def key_record(
     namespaces: Sequence[str],
     models: Sequence[str],
     requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    tokens_per_day: int | None = None,
     max_concurrency: int | None = None,
     expires: datetime | None = None,
 ) -> dict[str, Any]:
@@ -91,10 +97,17 @@ def key_record(
         namespaces: namespaces that may be called.
         models: global ids that may be called; `["*"]`: all.
         requests_per_minute: requests that are accepted in a minute; None: no limit.
+        tokens_per_minute: tokens of prompts and answers in a minute; None: no limit.
+        tokens_per_day: tokens of prompts and answers in a day; None: no limit.
         max_concurrency: sequences that may run at once; None: no limit.
         expires: time from which the key is refused; None: never.
     """
-    limits = {"requestsPerMinute": requests_per_minute, "maxConcurrency": max_concurrency}
+    limits = {
+        "requestsPerMinute": requests_per_minute,
+        "tokensPerMinute": tokens_per_minute,
+        "tokensPerDay": tokens_per_day,
+        "maxConcurrency": max_concurrency,
+    }
     return {
         "apiVersion": "v1",
         "kind": KEY_KIND,
@@ -145,6 +158,8 @@ def parse_key_record(record: Mapping[str, Any]) -> ApiKey:
         namespaces=frozenset(namespaces),
         models=None if _ALL in models else frozenset(models),
         requests_per_minute=_limit(data, "requestsPerMinute"),
+        tokens_per_minute=_limit(data, "tokensPerMinute"),
+        tokens_per_day=_limit(data, "tokensPerDay"),
         max_concurrency=_limit(data, "maxConcurrency"),
         expires=_time(data, "expires"),
         previous_digest=_digest(data, "previousHash") if "previousHash" in data else None,

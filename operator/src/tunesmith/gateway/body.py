@@ -27,6 +27,7 @@ MAX_STRINGS = 100_000
 """Maximum number of strings, including names of members."""
 MAX_MEMBERS = 256
 _PLAIN = bytes(set(range(256)) - set(b'"[]{},'))
+_MAX_DIGITS = 9
 _UTF8_PIECE = 64 * 1024
 _PIECE = 64 * 1024
 _REPLACED = frozenset({"model", "cache_salt"})
@@ -44,12 +45,14 @@ class Body:
         model: the model name that the client sent.
         stream: True if the client requests a stream of events.
         sequences: number of sequences that the engine generates at once, choices × prompts.
+        max_tokens: longest answer that the client accepts, in tokens; None: as long as the model's context allows.
         members: the other members, undecoded, by name.
     """
 
     model: str
     stream: bool
     sequences: int
+    max_tokens: int | None
     members: Mapping[str, msgspec.Raw]
 
     def pieces(self, model: str, cache_salt: str) -> list[bytes | memoryview]:
@@ -66,6 +69,15 @@ class Body:
             pieces.append(memoryview(raw))
         pieces.append(b"}")
         return pieces
+
+    def with_usage(self) -> tuple[Body, bool]:
+        """Return a copy that asks the engine for the number of tokens, and True if the client did not ask for it."""
+        options = _value(self.members, "stream_options")
+        if not self.stream or not (options is None or isinstance(options, dict)):
+            return self, False
+        asked = options is not None and options.get("include_usage") is True
+        raw = msgspec.Raw(msgspec.json.encode({**(options or {}), "include_usage": True}))
+        return replace(self, members={**self.members, "stream_options": raw}), not asked
 
     def without_members(self) -> Body:
         """Return a copy without the bytes of the body, for a request that a pod has accepted."""
@@ -100,6 +112,7 @@ def parse(data: bytes | bytearray, max_sequences: int) -> Body:
         model=_model(members),
         stream=bool(_typed(members, "stream", bool)),
         sequences=_sequences(members),
+        max_tokens=_max_tokens(members),
         members={name: raw for name, raw in members.items() if name not in _REPLACED},
     )
     if body.sequences > max_sequences:
@@ -202,6 +215,15 @@ def _sequences(members: Mapping[str, msgspec.Raw]) -> int:
     choices = max(1, _typed(members, "n", int) or 1, _typed(members, "best_of", int) or 1)
     prompts = _count(members, "prompt") + _count(members, "prompt_embeds")
     return choices * max(1, prompts)
+
+
+def _max_tokens(members: Mapping[str, msgspec.Raw]) -> int | None:
+    """Return the client's bound of an answer; the engine refuses what is not a number."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        text = bytes(memoryview(members.get(name, b""))[: 2 * _MAX_DIGITS]).strip()
+        if text.isdigit():
+            return int(text[:_MAX_DIGITS])
+    return None
 
 
 def _count(members: Mapping[str, msgspec.Raw], name: str) -> int:

@@ -112,6 +112,28 @@ def too_many_requests(limit: int, seconds: int, headers: dict[str, str]) -> ApiE
     )
 
 
+def too_many_tokens(limit: int, unit: str, seconds: int) -> ApiError:
+    """429: the key's tokens of this minute or day."""
+    return ApiError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        f"Your API key may use {limit} tokens per {unit}, and the rest of them is less than this request needs (its"
+        f" prompt and max_tokens). Try again in {seconds} s, or lower max_tokens.",
+        code="rate_limit_exceeded",
+        type_="tokens",
+        headers={"Retry-After": str(seconds)},
+    )
+
+
+def too_many_tokens_for_key(tokens: int, limit: int) -> ApiError:
+    """400: the request alone needs more tokens than its key may use."""
+    return ApiError(
+        HTTPStatus.BAD_REQUEST,
+        f"The request needs about {tokens} tokens (its prompt and max_tokens), and your API key may use {limit} in a"
+        " gateway. Lower max_tokens or shorten the prompt.",
+        code="too_many_tokens",
+    )
+
+
 def too_many_running(limit: int) -> ApiError:
     """429: the key's sequences at once."""
     return ApiError(

@@ -205,6 +205,8 @@ class Forwarder:
         if not events.names_model(start, engine_name, complete=small):
             raise events.WrongModelError
         call.begin_answer()
+        if call.usage is not None:
+            call.usage.read_body(start)
         self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
         headers = {"Content-Type": _JSON, "X-Request-Id": call.request_id}
         if small:
@@ -221,6 +223,8 @@ class Forwarder:
             while piece:
                 await write(call.request, response, piece, call.share, self._limits)
                 piece = await self._read(call, upstream)
+                if call.usage is not None:
+                    call.usage.read_body(piece)
             await finish(call.request, response, self._limits)
         except BaseException:
             # The status is sent and JSON cannot carry an error: an aborted connection shows an incomplete answer.
@@ -241,6 +245,8 @@ class Forwarder:
             ready = stream.feed(chunk)
             if first and stream.named:
                 call.begin_answer()
+            if call.usage is not None:
+                ready = call.usage.pass_events(ready)
             await reply.write(ready)
             reply.between_events = stream.between_events
             if first and stream.named:

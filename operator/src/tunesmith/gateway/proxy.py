@@ -26,6 +26,7 @@ from tunesmith.gateway.hold import RequestHold
 from tunesmith.gateway.models import models_body, names_models
 from tunesmith.gateway.reply import ANSWER_BYTES, LIMIT_HEADERS, ClientDisconnectedError, write_large
 from tunesmith.gateway.request import RequestReader, request_id, require
+from tunesmith.gateway.usage import estimated_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -196,7 +197,7 @@ class Proxy:
                 call = await self._requests.read(request, exchange.request_id, key, share, exchange.arrived)
                 exchange.call = call
                 with self._quotas.running(key, call.body.sequences):
-                    return await self._generate(call)
+                    return await self._generate_counted(call)
         if names_models(path):
             require(request, "GET", "HEAD")
             return await self._models(request, await self._admit(request))
@@ -217,6 +218,22 @@ class Proxy:
         key = self._requests.authenticate(request)
         request[LIMIT_HEADERS] = await self._quotas.count_request(key)
         return key
+
+    async def _generate_counted(self, call: Call) -> web.StreamResponse:
+        """Generate, and count the tokens towards the limits of the API key.
+
+        Raises:
+            ApiError: the key's tokens are used up, or as `_generate`.
+        """
+        reservation = await self._quotas.reserve_tokens(call.key, estimated_tokens(call.body))
+        if reservation is None:
+            return await self._generate(call)
+        call.request[LIMIT_HEADERS] |= reservation.headers
+        try:
+            return await self._generate(call)
+        finally:
+            used = call.usage.tokens if call.usage is not None and call.answered else 0
+            await self._quotas.settle_tokens(reservation, used)
 
     async def _generate(self, call: Call) -> web.StreamResponse:
         """Hold and forward a call until a pod starts it, or a second one if the engine of the first one dies."""

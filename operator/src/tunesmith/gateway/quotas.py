@@ -1,4 +1,4 @@
-"""Limits of API keys: requests per minute, and sequences at once.
+"""Limits of API keys: requests per minute, tokens per minute and day, and sequences at once.
 
 A key's limits are divided by the number of gateway replicas; each replica counts its own part. A load balancer that
 spreads requests unevenly therefore makes a key reach its limit early, never late.
@@ -9,18 +9,41 @@ from __future__ import annotations
 import math
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItemPerDay, RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
-from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
 
 from tunesmith.gateway import errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from limits import RateLimitItem
+
     from tunesmith.contracts.apikey import ApiKey
+
+
+_TOKENS = "tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Tokens that are reserved for a request.
+
+    Attributes:
+        key: name of the API key.
+        tokens: number of tokens.
+        windows: the limits they count towards, with the Unix time in seconds at which each starts anew.
+        headers: what is left of the limit per minute.
+    """
+
+    key: str
+    tokens: int
+    windows: tuple[tuple[RateLimitItem, float], ...]
+    headers: dict[str, str]
 
 
 class Quotas:
@@ -34,7 +57,9 @@ class Quotas:
     def __init__(self, replicas: int, *, wall_clock: Callable[[], float]) -> None:
         self._replicas = replicas
         self._wall_clock = wall_clock
-        self._requests = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._storage = MemoryStorage()
+        self._requests = SlidingWindowCounterRateLimiter(self._storage)
+        self._tokens = FixedWindowRateLimiter(self._storage)
         self._running: Counter[str] = Counter()
 
     async def count_request(self, key: ApiKey) -> dict[str, str]:
@@ -49,7 +74,7 @@ class Quotas:
         item = RateLimitItemPerMinute(self._part(limit))
         accepted = await self._requests.hit(item, key.name)
         reset_time, remaining = await self._requests.get_window_stats(item, key.name)
-        seconds = max(1, math.ceil(reset_time - self._wall_clock()))
+        seconds = self._seconds_until(reset_time)
         headers = {
             "x-ratelimit-limit-requests": str(limit),
             "x-ratelimit-remaining-requests": str(remaining),
@@ -58,6 +83,53 @@ class Quotas:
         if not accepted:
             raise errors.too_many_requests(limit, seconds, headers)
         return headers
+
+    async def reserve_tokens(self, key: ApiKey, tokens: int) -> Reservation | None:
+        """Reserve tokens for a request, or return None if the key has no limit of tokens.
+
+        Raises:
+            ApiError: 429, the key's tokens of the minute or the day are used up; 400, the request alone needs more.
+        """
+        items: list[RateLimitItem] = []
+        if key.tokens_per_minute is not None:
+            items.append(RateLimitItemPerMinute(self._part(key.tokens_per_minute)))
+        if key.tokens_per_day is not None:
+            items.append(RateLimitItemPerDay(self._part(key.tokens_per_day)))
+        if not items:
+            return None
+        smallest = min(item.amount for item in items)
+        if tokens > smallest:
+            raise errors.too_many_tokens_for_key(tokens, smallest)
+        windows: list[tuple[RateLimitItem, float]] = []
+        for item in items:
+            accepted = await self._tokens.hit(item, _TOKENS, key.name, cost=tokens)
+            reset_time, _ = await self._tokens.get_window_stats(item, _TOKENS, key.name)
+            windows.append((item, reset_time))
+            if not accepted:
+                await self.settle_tokens(Reservation(key.name, tokens, tuple(windows), {}), 0)
+                unit, limit = (
+                    ("day", key.tokens_per_day) if item.GRANULARITY.name == "day" else ("minute", key.tokens_per_minute)
+                )
+                raise errors.too_many_tokens(limit or 0, unit, self._seconds_until(reset_time))
+        headers = {}
+        if key.tokens_per_minute is not None:
+            reset_time, remaining = await self._tokens.get_window_stats(items[0], _TOKENS, key.name)
+            headers = {
+                "x-ratelimit-limit-tokens": str(key.tokens_per_minute),
+                "x-ratelimit-remaining-tokens": str(remaining),
+                "x-ratelimit-reset-tokens": f"{self._seconds_until(reset_time)}s",
+            }
+        return Reservation(key.name, tokens, tuple(windows), headers)
+
+    async def settle_tokens(self, reservation: Reservation, used: int) -> None:
+        """Count the tokens that a request used, instead of those reserved for it.
+
+        A window that ended meanwhile keeps its count.
+        """
+        for item, reset_time in reservation.windows:
+            if self._wall_clock() < reset_time and used != reservation.tokens:
+                storage_key = item.key_for(_TOKENS, reservation.key)
+                await self._storage.incr(storage_key, item.get_expiry(), amount=used - reservation.tokens)
 
     @contextmanager
     def running(self, key: ApiKey, sequences: int) -> Iterator[None]:
@@ -81,6 +153,9 @@ class Quotas:
             self._running[key.name] -= sequences
             if not self._running[key.name]:
                 del self._running[key.name]
+
+    def _seconds_until(self, reset_time: float) -> int:
+        return max(1, math.ceil(reset_time - self._wall_clock()))
 
     def _part(self, limit: int) -> int:
         return math.ceil(limit / self._replicas)

@@ -19,6 +19,7 @@ from tunesmith.gateway import errors
 from tunesmith.gateway.body import parse
 from tunesmith.gateway.keys import ExpiredKeyError
 from tunesmith.gateway.reply import ANSWER_BYTES, EventReply
+from tunesmith.gateway.usage import AnswerUsage, estimated_prompt_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +47,7 @@ class Call:
         events: the stream to the client, if it requested one.
         started: True while a pod may process it.
         answered: True once a part of a pod's answer was sent to the client.
+        usage: counts the answer's tokens, if the API key has a limit of tokens.
         lost_on: UID of the pod whose engine died while it processed the request; it is sent to another pod once.
     """
 
@@ -61,6 +63,7 @@ class Call:
     started: bool = False
     answered: bool = False
     lost_on: str = ""
+    usage: AnswerUsage | None = None
 
     def begin_answer(self) -> None:
         """Record that the client gets a pod's answer from now on, and release the bytes of the body."""
@@ -129,7 +132,11 @@ class RequestReader:
         if body.stream:
             events = EventReply(request, request_id, share, self._limits, clock=self._clock, closing=self._closing)
         salt = cache_salt(self._gateway_keys()[0], key.home)
-        return Call(request, request_id, key, model, body, share, salt, events, arrived)
+        usage = None
+        if key.tokens_per_minute is not None or key.tokens_per_day is not None:
+            body, hide = body.with_usage()
+            usage = AnswerUsage(estimated_prompt_tokens(body), hide=hide)
+        return Call(request, request_id, key, model, body, share, salt, events, arrived, usage=usage)
 
     def _resolve(self, body: Body, key: ApiKey) -> Model:
         try:
