@@ -73,7 +73,7 @@ class Exchange:
     """One request, and what came back so far."""
 
     def __init__(
-        self, app: Any, path: str, body: Any = None, *, method: str = "POST", token: str | None = POOL, **scope: Any
+        self, app: Any, /, path: str, body: Any = None, *, method: str = "POST", token: str | None = POOL, **scope: Any
     ) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = [(b"content-length", str(len(data)).encode())]
@@ -489,3 +489,38 @@ async def test_an_unload_that_is_refused_frees_nothing(module: ModuleType) -> No
     engine = LoraEngine(status=404)
     assert (await unload(engine.application(module)).run()).status == 404
     assert engine.removed == []
+
+
+def _with_base() -> Any:
+    """Scope of an application whose engine serves a base model named `pool/base`."""
+    models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="pool/base")])
+    return SimpleNamespace(state=SimpleNamespace(openai_serving_models=models))
+
+
+async def test_the_base_model_answers_under_further_names(module: ModuleType) -> None:
+    engine = Engine()
+    app, alias = module.Middleware(engine), "team/whole@0123456789ab"
+    scope = {"app": _with_base()}
+    names = {"names": [alias]}
+    assert (await Exchange(app, "/tunesmith/base-names", names, **scope).run()).status == 403
+    assert (await Exchange(app, "/tunesmith/base-names", {"names": "x"}, token=ADMIN, **scope).run()).status == 400
+    assert (await Exchange(app, "/tunesmith/base-names", names, token=ADMIN, **scope).run()).status == 200
+    assert (await state(app))["adapters"]["baseNames"] == [alias]
+    text = b'"choices": [{"text": "{\\"model\\": \\"pool/base\\"}"}], '
+    usage = b'"usage": {"prompt_tokens": 3, "completion_tokens": 2}}'
+    engine.reply = [b'{"id": "cmpl-1", "created": 7, "model": "pool/base", ', text + usage]
+    answer = await Exchange(app, CHAT, {**HELLO, "model": alias}, **scope).run()
+    document = json.loads(answer.body)
+    assert document["model"] == alias
+    assert document["choices"][0]["text"] == '{"model": "pool/base"}'
+    assert json.loads(engine.bodies[-1])["model"] == "pool/base"
+    assert dict(answer.sent[0]["headers"])[b"content-length"] == str(len(answer.body)).encode()
+    event = b'data: {"id": "cmpl-1", "model": "pool/base", "choices": [{"index": 0}], "usage": {"prompt_tokens": 3}}'
+    engine.reply = [event[:30], event[30:] + b"\n\n", event + b"\n\ndata: [DONE]\n\n"]
+    answer = await Exchange(app, CHAT, {**HELLO, "model": alias, "stream": True}, **scope).run()
+    first, second, done, _ = answer.body.split(b"\n\n")
+    assert [json.loads(event.removeprefix(b"data: "))["model"] for event in (first, second)] == [alias, alias]
+    assert done == b"data: [DONE]"
+    assert (await state(app))["totals"][alias]["requests"] == 2
+    answer = await Exchange(app, CHAT, {**HELLO, "model": "pool/base", "stream": True}, **scope).run()
+    assert b'"model": "pool/base"' in answer.body

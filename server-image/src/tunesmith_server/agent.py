@@ -7,7 +7,15 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from tunesmith.contracts.agent import MAX_ADAPTERS, DesiredAdapter, DesiredAdapters, PodState, PodUse
+from tunesmith.contracts.agent import (
+    MAX_ADAPTERS,
+    DesiredAdapter,
+    DesiredAdapters,
+    PodState,
+    PodUse,
+    Residency,
+    ResidencyState,
+)
 from tunesmith_server.activity import Activity
 from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_revision, stored_size, stored_sizes
 from tunesmith_server.crashes import Crashes, StartTime
@@ -197,7 +205,7 @@ class Agent:
             await self._load(adapter)
         if len(allowed) > len(loads):
             self._wake.set()
-        if loads or steps.unloads:
+        if await self._name_base() or loads or steps.unloads:
             await self._observe()
             await self._guard.step(self._snapshot, time.monotonic())
             await self._publish()
@@ -269,7 +277,40 @@ class Agent:
         self._boot_id = snapshot.state.boot_id
 
     def _wanted(self) -> list[DesiredAdapter]:
-        return self._desired.current.adapters if self._desired.current else []
+        """Return the adapters that the engine should load."""
+        listed = self._desired.current.adapters if self._desired.current else []
+        return [adapter for adapter in listed if adapter.digest != self._settings.base_artifact]
+
+    def _base_revisions(self) -> list[DesiredAdapter]:
+        """Return the revisions that are the base model itself: nothing is loaded, it answers to their names."""
+        listed = self._desired.current.adapters if self._desired.current else []
+        return [revision for revision in listed if revision.digest == self._settings.base_artifact]
+
+    async def _name_base(self) -> bool:
+        """Set the names of the base model; return True if they have changed."""
+        snapshot, names = self._snapshot, sorted(revision.engine_name for revision in self._base_revisions())
+        if snapshot is None or self._desired.current is None or snapshot.state.adapters.base_names == names:
+            return False
+        try:
+            await self._engine.set_base_names(names)
+        except EngineDownError as error:
+            log.warning("the names of the base model: %s", error)
+            return False
+        return True
+
+    def _base_residencies(self) -> list[Residency]:
+        named = set()
+        if self._snapshot is not None and self._guard.ready:
+            named = set(self._snapshot.state.adapters.base_names)
+        return [
+            Residency(
+                engine_name=revision.engine_name,
+                digest=revision.digest,
+                state=ResidencyState.RESIDENT if revision.engine_name in named else ResidencyState.LOADING,
+                message="" if revision.engine_name in named else "the engine is not ready",
+            )
+            for revision in self._base_revisions()
+        ]
 
     def _observation(self) -> PodObservation:
         snapshot = self._snapshot
@@ -402,7 +443,7 @@ class Agent:
             engine_crashes=self._crashes.total,
             engine_start_seconds=self._start_time.seconds,
             crashes=self._crashes.recent(now),
-            adapters=plan(self._observation()).report,
+            adapters=[*plan(self._observation()).report, *self._base_residencies()],
         )
         self._metrics.residencies(state)
         async with self._changed:

@@ -71,6 +71,7 @@ class EngineAdapters(BaseModel):
         memory_limit_bytes: highest size of that cache; None: unlimited.
         reloads: number of times that the engine read an adapter's files again.
         data_type: data type of the engine's weights, or their quantisation; empty: unknown.
+        base_names: further names of the base model.
         registered: path of every adapter that accepts requests, by name; None: as in the version that the agent has.
         leaving: paths of unloaded adapters that the engine may still read.
     """
@@ -85,6 +86,7 @@ class EngineAdapters(BaseModel):
     memory_limit_bytes: int | None = None
     reloads: int = 0
     data_type: str = ""
+    base_names: list[str] = Field(default_factory=list)
     registered: dict[str, str] | None = None
     leaving: list[str] | None = None
 
@@ -242,6 +244,16 @@ class EngineClient:
         """
         _, text = await self._call("GET", "/metrics", POLL_SECONDS)
         return sum(float(value) for value in _PROCESSED.findall(text))
+
+    async def set_base_names(self, names: list[str]) -> None:
+        """Set all further names under which the base model answers.
+
+        Raises:
+            EngineDownError: the engine does not answer.
+        """
+        status, text = await self._call("POST", "/tunesmith/base-names", POLL_SECONDS, {"names": names})
+        if status != 200:  # noqa: PLR2004 - HTTP
+            raise EngineDownError(f"the engine answers {status} to the names of its base model: {text}")
 
     async def restart(self, reason: str, *, hung: bool) -> None:
         """Make the engine's process exit, so that its supervisor starts another.

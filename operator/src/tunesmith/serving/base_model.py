@@ -82,6 +82,12 @@ def artifact_digest(pool: ServingPool) -> str | None:
     return None if pool.base_job is None or artifact is None else artifact.digest
 
 
+def artifact_arguments(pool: ServingPool) -> list[str]:
+    """Return the arguments by which the agent recognises revisions that are the base model itself."""
+    digest = artifact_digest(pool)
+    return [] if digest is None else ["--base-artifact", digest]
+
+
 def gpu_arguments(pool: ServingPool) -> list[str]:
     """Return the arguments by which both containers of the agent's image check that the engine can divide the model."""
     return ["--gpus", str(pool.spec.resources.gpus)] if pool.spec.resources.gpus > 1 else []

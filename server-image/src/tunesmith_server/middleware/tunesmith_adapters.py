@@ -172,6 +172,8 @@ class EngineAdapters:
         """Number of times that an adapter's files were read again, because it was not in the cache any more."""
         self.version = secrets.randbelow(2**40)
         """Changes whenever an adapter is registered or removed, and differs from those of other processes."""
+        self.base_names: frozenset[str] = frozenset()
+        """Further names of the base model. Its requests need no slot."""
         self._on_cpu = on_cpu
         self._engine: Any = None
         self._value_bytes = 4
@@ -284,6 +286,7 @@ class EngineAdapters:
             "memoryLimitBytes": self.memory,
             "reloads": self.reloads,
             "dataType": self._data_type,
+            "baseNames": sorted(self.base_names),
         }
         if seen != self.version:
             document["registered"] = {name: entry.path for name, entry in self._registered.items()}

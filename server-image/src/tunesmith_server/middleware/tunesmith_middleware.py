@@ -184,9 +184,10 @@ class Middleware:
     "inFlight": {model: requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "adapters": …}`,
     see tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after `POST /tunesmith/drain`
     new work is refused; `POST /tunesmith/restart` with `{"reason", "hung"}` exits the process, and its supervisor
-    starts another. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal
-    while draining is 503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry
-    such a request on another pod. An error because the engine died has the header `x-tunesmith-engine-lost: true`.
+    starts another; `POST /tunesmith/base-names` with `{"names"}` sets further names under which the base model answers.
+    The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while draining is
+    503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry such a request on
+    another pod. An error because the engine died has the header `x-tunesmith-engine-lost: true`.
 
     A client's request with the header `x-tunesmith-digest` is in the journal while the engine processes it, and stays
     in it if the engine died meanwhile.
@@ -244,6 +245,8 @@ class Middleware:
         elif path == "/tunesmith/drain" and method == "POST":
             self._draining = True
             await _reply(send, 200, self._state())
+        elif path == "/tunesmith/base-names" and method == "POST":
+            await self._set_base_names(scope, receive, send)
         elif path == "/tunesmith/restart" and method == "POST":
             await self._restart(scope, receive, send)
         elif path in ADAPTERS and method == "POST":
@@ -265,6 +268,19 @@ class Middleware:
         await _reply(send, 200, self._state())
         code = _HUNG_CODE if document.get("hung") else _RESTART_CODE
         asyncio.get_running_loop().call_later(0.1, _exit, code, f"the agent restarts the engine: {reason}")
+
+    async def _set_base_names(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Set the further names of the base model; requests that have begun are not affected."""
+        body = await _read_body(scope, receive)
+        try:
+            names = json.loads(body or b"")["names"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            await _refuse(send, 400, "invalid_json", "The body must be an object with a list of names.")
+            return
+        self._adapters.base_names = frozenset(names)
+        await _reply(send, 200, self._state())
 
     def _lifespan(self, scope: Scope, receive: Receive) -> Receive:
         """Return a receive that prepares the engine before the server starts to listen."""
@@ -355,6 +371,9 @@ class Middleware:
             await _refuse_not_started(send)
             return
         observer = tunesmith_reply.Reply(send, self._count, model, lambda: _is_dead(scope))
+        if model in self._adapters.base_names:
+            document["model"] = _base_name(scope)
+            observer.rename(document["model"])
         if document.get("stream"):
             # Tokens are counted from the usage in every event; it is removed for a client that did not request it.
             requested = document.get("stream_options") or {}
@@ -403,6 +422,11 @@ class Middleware:
         total["requests"] += requests
         total["promptTokens"] += prompt
         total["completionTokens"] += completion
+
+
+def _base_name(scope: Scope) -> str:
+    """Return the name under which vLLM serves the base model, which is also the one in its replies."""
+    return str(scope["app"].state.openai_serving_models.base_model_paths[0].name)
 
 
 def _member(body: bytes, name: str) -> str | None:

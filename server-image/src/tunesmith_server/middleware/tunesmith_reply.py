@@ -21,6 +21,10 @@ _LOST_HEADER = (b"x-tunesmith-engine-lost", b"true")
 _USAGE = re.compile(rb',\s*"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _USAGE_ONLY = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*([0-9]{1,6})')
+# The member `model` of an object that begins a body or an event, after members that are neither objects nor arrays.
+_MODEL = (
+    rb'^((?:data: )?\s*\{(?:\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.0-9eE]+|true|false|null)\s*,)*?\s*"model"\s*:\s*)%b'
+)
 _USAGE_BYTES = 1024
 _EVENT_BYTES = 4 * 1024 * 1024
 
@@ -45,10 +49,17 @@ class Reply:
         self._hide_final = self._hide_others = False
         self._prompt = self._completion = 0
         self._choices: dict[bytes, int] = {}
+        self._other_name: re.Pattern[bytes] | None = None
+        self._start: Message | None = None
+        self._held = b""
 
     def hide_usage(self, *, final: bool, others: bool) -> None:
         """Expect a stream, and remove the usage from its last event (`final`), or from all others (`others`)."""
         self._stream, self._hide_final, self._hide_others = True, final, others
+
+    def rename(self, name: str) -> None:
+        """Replace a name of the base model by the name that the client requested, in the reply's member `model`."""
+        self._other_name = re.compile(_MODEL % re.escape(json.dumps(name).encode()), re.MULTILINE)
 
     async def send(self, message: Message) -> None:
         """Forward a message of the application.
@@ -79,7 +90,30 @@ class Reply:
                 window = self._rest + body
                 self._report(window)
                 self._rest = window[-_USAGE_BYTES:]
-        await self._send(message)
+        if self._other_name is not None and self._ok:
+            await self._send_renamed(message, self._other_name)
+        else:
+            await self._send(message)
+
+    async def _send_renamed(self, message: Message, other_name: re.Pattern[bytes]) -> None:
+        """Send a message of a reply whose model is renamed: a body as a whole, since its length changes."""
+
+        def rename(body: bytes, count: int = 0) -> bytes:
+            own = json.dumps(self._model).encode()
+            return other_name.sub(lambda found: bytes(found[1]) + own, body, count=count)
+
+        if self._stream:
+            await self._send({**message, "body": rename(message["body"])} if "body" in message else message)
+        elif message["type"] == "http.response.start":
+            self._start = message
+        else:
+            self._held += message.get("body", b"")
+            if self._start is None or message.get("more_body", False):
+                return
+            body = rename(self._held, 1)
+            headers = [header for header in self._start.get("headers", ()) if header[0].lower() != b"content-length"]
+            await self._send({**self._start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+            await self._send({"type": "http.response.body", "body": body})
 
     def _events(self, body: bytes, *, last: bool) -> bytes:
         """Return the complete events so far, without the usage that the client did not request."""
