@@ -181,6 +181,14 @@ async def test_a_pool_follows_the_whole_model_of_a_job(world: World) -> None:
     assert await served() == location
     status = (await world.get("small", "ServingPool"))["status"]
     assert status["baseModelArtifact"] == {"digest": digest_of("talk"), "uri": location}
+    # An AdapterDeployment of the job is a name of the base model; nothing is loaded.
+    await world.serve("pirate", "talk", pool={"name": "small"})
+    await world.until_condition("pirate", "Ready", "True", "Resident")
+    name = world.engine_name("pirate", "talk")
+    (agent,) = world.pods.agents.values()
+    assert [(entry.engine_name, entry.uri) for entry in agent.lists[-1].adapters] == [(name, location)]
+    assert (await world.get("pirate"))["status"]["revisions"][0]["baseModel"] is True
+    assert (await world.get("small", "ServingPool"))["status"]["registeredAdapters"] == 0
     pods = set(world.pods.agents)
     await world.cluster.delete("FineTuneJob", "talk", world.namespace)
     await world.until_condition("small", "Resolved", "False", "FineTuneJobNotFound", kind="ServingPool")
@@ -194,6 +202,8 @@ async def test_a_pool_follows_the_whole_model_of_a_job(world: World) -> None:
     await until(followed, "the Deployment has the new artifact")
     await world.until(lambda: bool(world.pods.agents) and not pods & set(world.pods.agents), "the pods are replaced")
     await world.until_condition("small", "Resolved", "True", kind="ServingPool")
+    await world.until_condition("pirate", "Progressing", "False", "Settled")
+    await world.until_holders(name, 1)
 
 
 async def test_a_pool_of_a_tenant_does_not_serve_the_job_of_another_one(world: World) -> None:

@@ -349,6 +349,7 @@ def adapter_manifest(
     state: str = "Resident",
     created: str = "2026-01-02T00:00:00Z",
     conditions: list[dict[str, Any]] | None = None,
+    whole: bool = False,
 ) -> dict[str, Any]:
     status: dict[str, Any] = {"conditions": conditions or [condition("Resolved", "True", "Resolved")]}
     if pool is not None:
@@ -358,6 +359,7 @@ def adapter_manifest(
             "digest": digest(character),
             "engineName": engine_name(namespace, model or name, digest(character)),
             "state": state,
+            **({"baseModel": True} if whole else {}),
         }
         for character in digests
     ]

@@ -69,3 +69,24 @@ async def test_adapters_in_use_at_the_same_time_get_different_pods(rig: Rig) -> 
     for pod in pods:
         pod.gate.set()
     assert [status for status, _ in await asyncio.gather(*requests)] == [200, 200]
+
+
+async def test_pods_with_the_new_and_the_old_whole_model_share_the_requests(rig: Rig) -> None:
+    """While a pool's pods get a new base model, its first new pod must not be overloaded; no adapter slot is needed."""
+    rig.watches.put(adapter_manifest("whole", digests=("b", "a"), whole=True))
+    new, old = "team/whole@bbbbbbbbbbbb", "team/whole@aaaaaaaaaaaa"
+    pods = [await rig.add_pod(new), await rig.add_pod(old), await rig.add_pod(old)]
+    for pod in pods:
+        await report(rig, pod, "team/someone@cccccccccccc")
+        pod.gate.clear()
+    requests = []
+    for count in range(1, 7):
+        requests.append(asyncio.create_task(rig.chat("whole")))
+        await eventually(lambda count=count: sum(pod.running for pod in pods) == count, f"{count} requests run")
+    running = [pod.running for pod in pods]
+    assert running[0] <= 3, "the new pod does not get all"
+    assert all(running), running
+    for pod in pods:
+        pod.gate.set()
+    answers = await asyncio.gather(*requests)
+    assert {document["model"] for _, document in answers} == {new, old}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,8 +14,11 @@ from tunesmith.api.method import Method
 from tunesmith.api.output import Output
 from tunesmith.api.pool_base_model import BaseModelArtifact
 from tunesmith.autoscale.decide import Decision
+from tunesmith.serving.adapter import AdapterObservation
+from tunesmith.serving.adapter import plan as plan_adapter
 from tunesmith.serving.pool import PoolObservation, plan
 from tunesmith.serving.render import deployment
+from tunesmith.serving.resolve import Artifact, Candidates, Unresolved, choose, resolve_artifact
 from tunesmith.serving.rolling import Cause, observe_rollout, stamped
 from tunesmith.serving.trained_base import BaseModelProblem, forbidden_job, resolve_base, with_base
 
@@ -22,8 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
+    from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.servingpool import ServingPool
+    from tunesmith.serving.pod import PoolPod
 
     Build = Callable[..., Any]
 
@@ -142,3 +148,103 @@ def test_a_base_with_a_uri_is_unchanged(pool: Build) -> None:
     plain = pool()
     assert resolve_base(plain, None, "s3://store") is None
     assert with_base(plain, None) is plain
+
+
+NEW, OLD = f"team/pirate@{'a' * 12}", f"team/pirate@{'b' * 12}"
+
+
+def test_a_whole_model_is_served_by_the_pool_whose_base_it_is(
+    trained_pool: Build, pool: Build, adapter: Build, complete: Build
+) -> None:
+    plain, whole = pool("other"), trained_pool()
+    published = resolve_artifact(adapter(), complete(), "s3://store")
+    assert isinstance(published, Artifact)
+    assert choose(adapter(), published, Candidates(own=[plain, whole])) is whole
+    named = adapter(pool={"name": "base"})
+    assert choose(named, published, Candidates(whole, admitted=True)) is whole
+    refused = choose(adapter(pool={"name": "other"}), published, Candidates(plain, admitted=True))
+    none = choose(adapter(), published, Candidates(own=[plain]))
+    assert isinstance(refused, Unresolved)
+    assert refused == none
+    assert refused.reason == "NotServable"
+    assert refused.message.startswith("the engine cannot load the adapter of FineTuneJob job: DoRA. Its whole model is")
+    assert "{fineTuneJob: {name: job, namespace: team}}" in refused.message
+    several = choose(adapter(), published, Candidates(own=[whole, trained_pool(name="second")]))
+    assert isinstance(several, Unresolved)
+    assert several.reason == "SeveralPools"
+    foreign = choose(named, published, Candidates(whole, admitted=False))
+    assert isinstance(foreign, Unresolved)
+    assert foreign.reason == "PoolNotAllowed"
+
+
+def test_an_adapter_that_was_merged_too_is_loaded_unless_its_model_is_the_base(
+    trained_pool: Build, pool: Build, adapter: Build, complete: Build
+) -> None:
+    published = resolve_artifact(adapter(), complete(), "s3://store")
+    assert isinstance(published, Artifact)
+    loadable = replace(published, refusal=None, fingerprint="sha256:f")
+    plain = pool("other")
+    assert choose(adapter(), loadable, Candidates(own=[plain])) is plain
+    whole = trained_pool(fingerprint="sha256:g")
+    assert choose(adapter(pool={"name": "base"}), loadable, Candidates(whole, admitted=True)) is whole
+
+
+@pytest.fixture
+def deployed(adapter: Build, trained_pool: Build, complete: Build, start: datetime) -> Build:
+    """The status of an AdapterDeployment of the whole model on these pods, after one that served an older artifact."""
+
+    def build(pods: list[PoolPod], *before: dict[str, Any]) -> AdapterDeployment:
+        status = {"revisions": list(before), "pool": {"name": "base", "namespace": "team"}}
+        made: AdapterDeployment = adapter(status=status)
+        observation = AdapterObservation(
+            artifact=resolve_artifact(made, complete(), "s3://store"),
+            pool=trained_pool(),
+            lost_to=None,
+            pods=pods,
+            unplaced={},
+            decision=Decision(len(pods), "the base of all pods"),
+            url="",
+        )
+        return made.model_copy(update={"status": plan_adapter(made, observation, start)})
+
+    return build
+
+
+def test_pods_answer_under_the_revision_that_is_their_base(
+    deployed: Build, trained_pool: Build, pod: Build, start: datetime
+) -> None:
+    old = {
+        "digest": "sha256:" + "b" * 64,
+        "uri": "s3://store/team/job-old/merged",
+        "engineName": OLD,
+        "baseModel": True,
+        "state": "Resident",
+        "readyReplicas": 2,
+    }
+    pods = [
+        pod("p", base_artifact="sha256:" + "b" * 64, holds={OLD: "Resident"}),
+        pod("q", base_artifact=DIGEST, ready=False),
+        pod("r", base_artifact=DIGEST, holds={NEW: "Resident"}),
+    ]
+    served = deployed(pods, old)
+    revisions = served.status.revisions
+    assert [(entry.engine_name, entry.base_model, entry.ready_replicas) for entry in revisions] == [
+        (NEW, True, 1),
+        (OLD, True, 1),
+    ]
+    assert revisions[0].uri == "s3://store/team/job-uid-job/merged"
+    progressing = find(served.status.conditions, "Progressing")
+    assert progressing is not None
+    assert progressing.message == "the pods of the pool get revision aaaaaaaaaaaa as their base model"
+    assert find(served.status.conditions, "Parity") is None
+    observation = PoolObservation(None, pods, [served], Decision(3, "as desired"))
+    got = plan(trained_pool(engine={"maxLoras": 1, "maxAdapters": 1}), observation, start)
+    assert {name: [entry.engine_name for entry in entries] for name, entries in got.assigned.items()} == {
+        "p": [OLD],
+        "q": [NEW],
+        "r": [NEW],
+    }
+    assert (got.status.registered_adapters, got.unplaced) == (0, {})
+    settled = deployed([pod(name, base_artifact=DIGEST, holds={NEW: "Resident"}) for name in "qr"], old)
+    assert [entry.engine_name for entry in settled.status.revisions] == [NEW]
+    assert settled.status.desired_replicas == settled.status.ready_replicas == 2

@@ -104,6 +104,11 @@ class Revision(StatusModel):
         max_length=1024,
         description="Folder of the artifact in the store, from which pods load it.",
     )
+    base_model: bool | None = Field(
+        default=None,
+        description="True if the revision is the pool's own base model, from the same FineTuneJob: nothing is loaded, "
+        "and every pod of the pool that has it answers under its name. Absent: it is an adapter.",
+    )
     engine_name: str = Field(max_length=256, description="Name of the revision in the engine and in responses.")
     state: RevisionState = Field(
         description="State of the revision. Pending: not requested from a pod yet. Loading: being downloaded or "

@@ -69,9 +69,9 @@ class Backend:
             self._ended.add(engine_name)
             self._reported.discard(engine_name)
 
-    def load(self, engine_name: str, *, is_base: bool) -> PodLoad:
+    def load(self, engine_name: str, *, needs_slot: bool) -> PodLoad:
         """Return the load for the choice of a pod. An adapter is active if this or another gateway uses it."""
-        if is_base or self._slots is None:
+        if not needs_slot or self._slots is None:
             return PodLoad(self.in_flight)
         active = self._running.keys() | self._reported
         return PodLoad(self.in_flight, len(active | {engine_name}) - self._slots, engine_name in active)
@@ -196,12 +196,14 @@ class BackendTable:
         engine_name: str,
         *,
         is_base: bool,
+        needs_slot: bool = True,
         excluded: frozenset[str] | set[str] = frozenset(),
         weight: int = 1,
     ) -> Backend | None:
         """Return the pod for the next request for an engine name, or None if no usable pod holds it.
 
-        `weight` is the number of sequences of the request.
+        `weight` is the number of sequences of the request. `needs_slot` is False for a model other than the
+        base that computes without an adapter slot.
         """
         now = self._clock()
         usable = [
@@ -212,7 +214,8 @@ class BackendTable:
         trusted = [backend for backend in usable if backend.suspect_until <= now] or usable
         if not trusted:
             return None
-        return trusted[choose([backend.load(engine_name, is_base=is_base) for backend in trusted], weight)]
+        with_slot = needs_slot and not is_base
+        return trusted[choose([backend.load(engine_name, needs_slot=with_slot) for backend in trusted], weight)]
 
     def has_pods(self, pool: PoolKey) -> bool:
         """Return True if the pool has pods, usable or not."""

@@ -31,6 +31,7 @@ class Model:
         pool: the pool that serves it; None if it is not chosen yet.
         engine_names: names in the engine, newest first; a base has one, its id.
         is_base: True for the pool's base model, False for an adapter.
+        is_whole: True for a revision that is the base model of the pods that hold it, and needs no adapter slot.
         open_to: for a base, the namespaces that its pool admits; None: only the model's own namespace.
         created: Unix time in seconds.
         not_ready: reason why it cannot be called yet; None if a pod holds it or will soon.
@@ -45,6 +46,7 @@ class Model:
     open_to: AllowedNamespaces | None
     created: int
     not_ready: str | None = None
+    is_whole: bool = False
     deployed: bool = True
 
     @property
@@ -250,6 +252,7 @@ class Catalog:
             is_base=False,
             open_to=None,
             created=model.created,
+            is_whole=model.is_whole,
             deployed=f"{model.id}@{revision}" in model.engine_names,
         )
 
@@ -345,4 +348,5 @@ def _adapter_model(adapter: AdapterDeployment) -> Model:
         open_to=None,
         created=int(created.timestamp()) if created else 0,
         not_ready=not_ready,
+        is_whole=bool(revisions and revisions[0].base_model),
     )

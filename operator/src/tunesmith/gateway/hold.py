@@ -86,17 +86,22 @@ class RequestHold:
         model = call.model
         if model.pool is None:
             return None
+        found: list[tuple[Backend, str]] = []
         for engine_name in model.engine_names:
             backend = self._backends.pick(
                 model.pool,
                 engine_name,
                 is_base=model.is_base,
+                needs_slot=not model.is_whole,
                 excluded=refused | {call.lost_on},
                 weight=call.body.sequences,
             )
-            if backend is not None:
+            if backend is not None and not model.is_whole:
                 return backend, engine_name
-        return None
+            if backend is not None:
+                found.append((backend, engine_name))
+        # While the pods of a whole model are replaced, the first new one must not get all requests.
+        return min(found, key=lambda entry: entry[0].in_flight, default=None)
 
     async def _wait(self, call: Call, changed: asyncio.Event, seconds: float) -> None:
         """Hold a call until a change or for at most `seconds`.

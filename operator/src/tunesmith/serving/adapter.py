@@ -26,7 +26,7 @@ from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
 from tunesmith.serving.parity import parity_condition, shown_parity, worst_parity
-from tunesmith.serving.resolve import Artifact, Unresolved, reference, short
+from tunesmith.serving.resolve import Artifact, Unresolved, has_base_of, reference, short
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -127,8 +127,24 @@ def desired_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Re
 
 
 def needs_room(adapter: AdapterDeployment) -> bool:
-    """Return True if the adapter has a revision that is not known to fail on the pool."""
-    return any(revision.state is not RevisionState.FAILED for revision in adapter.status.revisions)
+    """Return True if the adapter has a revision that is to be loaded and is not known to fail on the pool."""
+    return any(
+        revision.state is not RevisionState.FAILED and not revision.base_model for revision in adapter.status.revisions
+    )
+
+
+def is_whole(adapter: AdapterDeployment) -> bool:
+    """Return True if a revision of the adapter is the base model of its pool."""
+    return any(revision.base_model for revision in adapter.status.revisions)
+
+
+def is_base(adapter: AdapterDeployment, artifact: Artifact | Unresolved, pool: ServingPool | None) -> bool:
+    """Return True if the pool that serves an AdapterDeployment has its artifact as base model, on all of its pods."""
+    if pool is None or not has_base_of(adapter, pool):
+        return False
+    if isinstance(artifact, Artifact):
+        return artifact.whole is not None
+    return is_whole(adapter)
 
 
 def _revisions(adapter: AdapterDeployment, observation: AdapterObservation) -> list[Revision]:
@@ -138,10 +154,13 @@ def _revisions(adapter: AdapterDeployment, observation: AdapterObservation) -> l
     known = [revision for revision in adapter.status.revisions if revision.engine_name.startswith(prefix)]
     if isinstance(observation.artifact, Artifact) and isinstance(observation.pool, ServingPool):
         namespace, _, model_name = adapter.model.partition("/")
+        artifact = observation.artifact
+        whole = artifact.whole if is_base(adapter, artifact, observation.pool) else None
         newest = Revision(
-            digest=observation.artifact.digest,
-            uri=observation.artifact.uri,
-            engine_name=engine_name(namespace, model_name, observation.artifact.digest),
+            digest=artifact.digest,
+            uri=artifact.uri if whole is None else whole.uri,
+            base_model=True if whole is not None else None,
+            engine_name=engine_name(namespace, model_name, artifact.digest),
             state=RevisionState.PENDING,
         )
         previous = next((revision for revision in known if revision.engine_name == newest.engine_name), None)
@@ -334,5 +353,7 @@ class _ConditionBuilder:
                 Reason.POOL_NOT_READY,
                 (f"no pod of ServingPool {pool.metadata.namespace}/{pool.metadata.name} is ready: see its conditions"),
             )
+        if newest.base_model:
+            return True, Reason.LOADING, f"the pods of the pool get revision {short(newest.digest)} as their base model"
         detail = f": {newest.message}" if newest.message else ""
         return True, Reason.LOADING, f"revision {short(newest.digest)} is being loaded{detail}"

@@ -51,9 +51,9 @@ def _rounded(value: float | None) -> float | None:
 
 
 def parity_condition(mode: ParityMode, revision: Revision | None) -> tuple[ConditionStatus, Reason, str] | None:
-    """Return the status, reason and message of the condition; None if parity is off or there is no revision."""
-    if mode is ParityMode.OFF or revision is None:
-        return None
+    """Return the status, reason and message of the condition; None if there is nothing to check."""
+    if mode is ParityMode.OFF or revision is None or revision.base_model:
+        return None  # the files of a base model are checked against the published hashes
     if revision.parity is None:
         return ConditionStatus.UNKNOWN, Reason.PARITY_PENDING, "no pod has compared the answers of the newest revision"
     status, reason = _OUTCOMES[revision.parity.verdict]

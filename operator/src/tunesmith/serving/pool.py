@@ -106,15 +106,15 @@ class PlacementCache:
     def __init__(self) -> None:
         self._adapters: Sequence[AdapterDeployment] | None = None
         self._busy: frozenset[str] = frozenset()
-        self._desired: tuple[dict[str, DesiredAdapter], list[DesiredRevision]] = ({}, [])
+        self._desired: tuple[dict[str, DesiredAdapter], list[DesiredRevision], list[DesiredAdapter]] = ({}, [], [])
         self._input: object = None
         self._output: tuple[Placement, frozenset[str]] = (Placement({}, {}), frozenset())
         self._assigned: Mapping[str, tuple[DesiredAdapter, ...]] = {}
 
     def desired(
         self, adapters: Sequence[AdapterDeployment], busy: frozenset[str]
-    ) -> tuple[dict[str, DesiredAdapter], list[DesiredRevision]]:
-        """Return the revisions by engine name, and the number of pods that each needs."""
+    ) -> tuple[dict[str, DesiredAdapter], list[DesiredRevision], list[DesiredAdapter]]:
+        """Return the adapters by engine name, the number of pods that each needs, and the whole models."""
         if self._adapters is not adapters or self._busy is not busy:
             self._desired = _desired_revisions(adapters, busy)
             self._adapters, self._busy = adapters, busy
@@ -124,7 +124,8 @@ class PlacementCache:
         self, pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod]
     ) -> tuple[Placement, frozenset[str], Mapping[str, tuple[DesiredAdapter, ...]]]:
         """Return the placement, the pods to remove, and the complete list of each pod's adapters."""
-        revisions, desired = self.desired(observation.adapters, observation.busy)
+        revisions, desired, bases = self.desired(observation.adapters, observation.busy)
+        base_of = {pod.name: pod.base_artifact for pod in living}
         pods = tuple(
             (
                 pod.name,
@@ -135,23 +136,27 @@ class PlacementCache:
                 pod.resident,
                 _drains(pod),
                 _is_marked(pod),
+                pod.base_artifact,
             )
             for pod in living
         )
         engine = pool.spec.engine
         size = (observation.decision.replicas, observation.spread, engine.adapter_capacity, engine.max_loras)
-        inputs = (pods, desired, revisions, size, observation.rollout.outdated, observation.max_surge)
+        inputs = (pods, desired, revisions, bases, size, observation.rollout.outdated, observation.max_surge)
         if self._input != inputs:
             self._output = _placement(pool, observation, living, desired)
-            self._assigned = {name: self._list(name, keys, revisions) for name, keys in self._output[0].pods.items()}
+            self._assigned = {
+                name: self._list(
+                    name, [*(revisions[key] for key in keys), *(base for base in bases if base.digest == base_of[name])]
+                )
+                for name, keys in self._output[0].pods.items()
+            }
             self._input = inputs
         return *self._output, self._assigned
 
-    def _list(
-        self, pod: str, keys: Sequence[str], revisions: Mapping[str, DesiredAdapter]
-    ) -> tuple[DesiredAdapter, ...]:
+    def _list(self, pod: str, adapters: Sequence[DesiredAdapter]) -> tuple[DesiredAdapter, ...]:
         """Return the complete list of a pod: the same tuple while it is equal, so that comparisons are cheap."""
-        new = tuple(revisions[key] for key in keys)
+        new = tuple(adapters)
         old = self._assigned.get(pod)
         return old if old is not None and old == new else new
 
@@ -193,13 +198,22 @@ def plan(
 
 def _desired_revisions(
     adapters: Sequence[AdapterDeployment], busy: frozenset[str]
-) -> tuple[dict[str, DesiredAdapter], list[DesiredRevision]]:
-    """Return the revisions by engine name, and the number of pods that each needs, in order of precedence."""
+) -> tuple[dict[str, DesiredAdapter], list[DesiredRevision], list[DesiredAdapter]]:
+    """Return the adapters by engine name, the number of pods that each needs, in order of precedence, and whole models.
+
+    A whole model needs no room: each pod whose base model it is answers under its name.
+    """
     revisions: dict[str, DesiredAdapter] = {}
     desired: list[DesiredRevision] = []
+    bases: list[DesiredAdapter] = []
     for adapter in adapters:
+        bases += [
+            DesiredAdapter(engine_name=revision.engine_name, digest=revision.digest, uri=revision.uri or "")
+            for revision in adapter.status.revisions
+            if revision.base_model
+        ]
         for revision, copies in desired_copies(adapter.status.revisions, adapter.status.desired_replicas or 1):
-            if revision.engine_name not in revisions and revision.uri is not None:
+            if revision.engine_name not in revisions and revision.uri is not None and not revision.base_model:
                 revisions[revision.engine_name] = DesiredAdapter(
                     engine_name=revision.engine_name,
                     digest=revision.digest,
@@ -214,7 +228,7 @@ def _desired_revisions(
                         busy=revision.engine_name in busy,
                     )
                 )
-    return revisions, desired
+    return revisions, desired, bases
 
 
 def _placement(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from tunesmith.api.adapterdeployment import PoolReference
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import FineTuneJobCondition, find, is_true
-from tunesmith.contracts.location import artifact_uri
+from tunesmith.api.output import Merge
+from tunesmith.api.pool_base_model import BaseModelArtifact
+from tunesmith.contracts.location import MERGED_FOLDER, artifact_uri, beside_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -45,10 +47,11 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published adapter.
+    """A published adapter, a whole model, or both.
 
     `fingerprint`: fingerprint of the base that it was trained on, None if its job does not record it. `rank`: rank that
-    the engine must accept at least, None if its method does not define one.
+    the engine must accept at least, None if its method does not define one. `whole`: its whole model, None if it has
+    none. `refusal`: reason why the engine cannot load it as an adapter, None if it can.
     """
 
     digest: str
@@ -56,6 +59,8 @@ class Artifact:
     fingerprint: str | None
     origin: str
     rank: int | None = None
+    whole: BaseModelArtifact | None = None
+    refusal: str | None = None
 
 
 def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store: str) -> Artifact | Unresolved:
@@ -79,19 +84,39 @@ def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store:
     assert job is not None  # noqa: S101 - `unfinished` returned otherwise
     status = job.status
     assert status.artifact is not None  # noqa: S101
+    refusal, whole = None, whole_model(job, store)
     if not status.artifact.servable.vllm:
-        return Unresolved(
-            Reason.NOT_SERVABLE,
-            f"the engine cannot load the adapter of FineTuneJob {name}: "
-            f"{status.artifact.servable.reason or 'no reason was given'}",
-        )
+        reason = status.artifact.servable.reason or "no reason was given"
+        refusal = f"the engine cannot load the adapter of FineTuneJob {name}: {reason}"
+        if whole is None:
+            return Unresolved(Reason.NOT_SERVABLE, refusal)
     return Artifact(
         digest=status.artifact.digest,
         uri=artifact_uri(store, namespace, name, job.metadata.uid),
         fingerprint=status.resolved.base_model_fingerprint if status.resolved is not None else None,
         origin=f"FineTuneJob {name}",
         rank=_rank(job),
+        whole=whole,
+        refusal=refusal,
     )
+
+
+def whole_model(job: FineTuneJob, store: str) -> BaseModelArtifact | None:
+    """Return the whole model that belongs to a job's artifact; None if there is none."""
+    artifact, output = job.status.artifact, job.spec.output
+    if artifact is None:
+        return None
+    uri = artifact_uri(store, job.metadata.namespace, job.metadata.name, job.metadata.uid)
+    if job.spec.method.full is None:
+        if output is None or output.merge is Merge.NONE:
+            return None
+        uri = beside_artifact(uri, MERGED_FOLDER)
+    return BaseModelArtifact(digest=artifact.digest, uri=uri)
+
+
+def has_base_of(adapter: AdapterDeployment, pool: ServingPool) -> bool:
+    """Return True if the pool's base model is the whole model of the adapter's FineTuneJob."""
+    return pool.base_job == (adapter.metadata.namespace, adapter.spec.adapter_from.fine_tune_job.name)
 
 
 def unfinished(job: FineTuneJob | None, name: str, namespace: str, *, missing: str, failed: str) -> Unresolved | None:
@@ -169,6 +194,42 @@ def candidates(
         elif fingerprint is not None and pool.status.base_model_fingerprint == fingerprint:
             foreign.append(pool)
     return Candidates(found, admitted, own, foreign)
+
+
+def choose(adapter: AdapterDeployment, artifact: Artifact | Unresolved, pools: Candidates) -> ServingPool | Unresolved:
+    """Return the pool that serves an AdapterDeployment: the one whose base model is its artifact, or for an adapter.
+
+    Args:
+        adapter: the AdapterDeployment.
+        artifact: its artifact; unresolved if its source was deleted.
+        pools: result of `candidates`.
+    """
+    if not isinstance(artifact, Artifact):
+        return choose_pool(adapter, None, pools)
+    named = pools.named if pools.admitted else None
+    if artifact.whole is not None and named is not None and has_base_of(adapter, named):
+        return named
+    if artifact.refusal is None:
+        return choose_pool(adapter, artifact.fingerprint, pools, artifact.rank)
+    if adapter.spec.pool is not None:
+        found = _named(adapter, adapter.spec.pool, None, pools)
+        return found if isinstance(found, Unresolved) else _no_pool_of_job(adapter, artifact.refusal)
+    matching = [pool for pool in pools.own if has_base_of(adapter, pool)]
+    current = [pool for pool in matching if reference(pool) == adapter.status.pool]
+    if len(matching) > 1 and not current:
+        return Unresolved(
+            Reason.SEVERAL_POOLS, f"{_names(matching)} serve the model of this FineTuneJob: name one in spec.pool"
+        )
+    return next(iter(current or matching), None) or _no_pool_of_job(adapter, artifact.refusal)
+
+
+def _no_pool_of_job(adapter: AdapterDeployment, refusal: str) -> Unresolved:
+    namespace, job = adapter.metadata.namespace, adapter.spec.adapter_from.fine_tune_job.name
+    return Unresolved(
+        Reason.NOT_SERVABLE,
+        f"{refusal}. Its whole model is served by a ServingPool with baseModel.from: {{fineTuneJob: {{name: {job}, "
+        f"namespace: {namespace}}}}}: ask the platform's engineers for one, and name it in spec.pool",
+    )
 
 
 def choose_pool(

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import ServingPoolReason
-from tunesmith.api.output import Merge
 from tunesmith.api.pool_base_model import BaseModelArtifact
-from tunesmith.contracts.location import MERGED_FOLDER, artifact_uri, beside_artifact
-from tunesmith.serving.resolve import short, unfinished
+from tunesmith.serving.resolve import short, unfinished, whole_model
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -28,19 +26,6 @@ class BaseModelProblem:
 
     reason: ServingPoolReason
     message: str
-
-
-def whole_model(job: FineTuneJob, store: str) -> BaseModelArtifact | None:
-    """Return the whole model that belongs to a job's artifact; None if there is none."""
-    artifact, output = job.status.artifact, job.spec.output
-    if artifact is None:
-        return None
-    uri = artifact_uri(store, job.metadata.namespace, job.metadata.name, job.metadata.uid)
-    if job.spec.method.full is None:
-        if output is None or output.merge is Merge.NONE:
-            return None
-        uri = beside_artifact(uri, MERGED_FOLDER)
-    return BaseModelArtifact(digest=artifact.digest, uri=uri)
 
 
 def resolve_base(pool: ServingPool, job: FineTuneJob | None, store: str) -> BaseModelArtifact | BaseModelProblem | None:

@@ -15,8 +15,8 @@ from tunesmith.contracts.claims import older_claim
 from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import Key, Result, Watch, key_of
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
-from tunesmith.serving.adapter import AdapterObservation, plan
-from tunesmith.serving.resolve import Artifact, choose_pool, resolve_artifact
+from tunesmith.serving.adapter import AdapterObservation, is_base, plan
+from tunesmith.serving.resolve import Artifact, choose, resolve_artifact
 from tunesmith.serving.scale_events import scale_events
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.serving.state import ServingState
+    from tunesmith.serving.pod import PoolPod
 
 KIND = "AdapterDeployment"
 _TICK_SECONDS = 1.0
@@ -72,19 +73,19 @@ class AdapterDeploymentReconciler:
         job = self._state.jobs.get(key.namespace, adapter.spec.adapter_from.fine_tune_job.name)
         artifact = resolve_artifact(adapter, job, self._context.settings.store)
         fingerprint = artifact.fingerprint if isinstance(artifact, Artifact) else None
-        rank = artifact.rank if isinstance(artifact, Artifact) else None
-        pool = choose_pool(adapter, fingerprint, self._state.candidates(adapter, fingerprint), rank)
+        pool = choose(adapter, artifact, self._state.candidates(adapter, fingerprint))
         serving = pool if isinstance(pool, ServingPool) else self._still_serving(adapter)
         if serving is not None and adapter.status.revisions and not self._state.settled(serving):
             # The adapters of the pods are not known yet, and reporting that would make the status flicker.
             return Result(_UNSETTLED_SECONDS)
+        pods = self._state.pods(serving) if serving is not None else ()
         observation = AdapterObservation(
             artifact=artifact,
             pool=pool,
             lost_to=older_claim(adapter, self._state.claims(adapter)),
-            pods=self._state.pods(serving) if serving is not None else (),
+            pods=pods,
             unplaced=self._state.unplaced.get(serving.metadata.uid, {}) if serving is not None else {},
-            decision=self._copies(adapter),
+            decision=_on_all(pods) if is_base(adapter, artifact, serving) else self._copies(adapter),
             unknown_demand=self._state.demand.unknown_reason(time.monotonic()),
             url=_client_url(self._context.settings.gateway_url),
         )
@@ -182,6 +183,11 @@ def _pool_facts(pool: Object) -> tuple[object, ...]:
         (spec.get("engine") or {}).get("maxLoraRank"),
         status.get("baseModelFingerprint"),
     )
+
+
+def _on_all(pods: Sequence[PoolPod]) -> Decision:
+    """Return the number of pods that serve their base model."""
+    return Decision(sum(1 for pod in pods if not pod.stopping), "the model is the base model of every pod of the pool")
 
 
 def _client_url(gateway: str) -> str:

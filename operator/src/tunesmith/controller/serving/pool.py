@@ -30,7 +30,7 @@ from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of,
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import BASE_JOB, MODEL
-from tunesmith.serving.adapter import needs_room
+from tunesmith.serving.adapter import is_whole, needs_room
 from tunesmith.serving.crashes import crash_events
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementCache, PoolObservation, PoolPlan, plan, refusal_of_pods
@@ -237,7 +237,8 @@ class ServingPoolReconciler:
         copies = {adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if needs_room(adapter)}
         slots = pool.spec.engine.max_loras
         floor, why = pods_for_copies(copies, pool.spec.engine.adapter_capacity)
-        window = self._state.window(pool.metadata.uid, copies, rule.scale_down_delay_seconds, floor, pool.model)
+        bases = [pool.model, *(adapter.model for adapter in attached if is_whole(adapter))]
+        window = self._state.window(pool.metadata.uid, copies, rule.scale_down_delay_seconds, floor, bases)
         decision = decide_pods(window, pool.status.desired_replicas, rule, why, slots)
         return decision, loaded_pods(window, rule, slots) > 1
 

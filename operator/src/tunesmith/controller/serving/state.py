@@ -24,7 +24,7 @@ from tunesmith.serving.render import deployment_name, is_owned_by, is_pod_of
 from tunesmith.serving.resolve import Candidates, candidates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tunesmith.cluster.resources import Object, Objects
     from tunesmith.contracts.agent import PodState
@@ -188,7 +188,7 @@ class ServingState:
         return True
 
     def window(
-        self, uid: str, models: Iterable[str], keep_seconds: float, floor: int = 0, base: str | None = None
+        self, uid: str, models: Iterable[str], keep_seconds: float, floor: int = 0, bases: Sequence[str] = ()
     ) -> Window:
         """Return the window of an autoscaled resource, updated with the current demand.
 
@@ -197,13 +197,13 @@ class ServingState:
             models: global ids of its adapters.
             keep_seconds: see `Window.add`.
             floor: size that is needed at any load.
-            base: global id of a pool's base model, which needs no adapter slot.
+            bases: global ids of models that need no adapter slot, such as a pool's base model.
         """
         now = time.monotonic()
         last, window = self._windows.get(uid, (float("-inf"), Window()))
         if now - last >= _SAMPLE_SECONDS:
             demand = self.demand.read(models, now)
-            requests = demand.requests + (self.demand.read([base], now).requests if base is not None else 0)
+            requests = demand.requests + self.demand.read(bases, now).requests
             window.add(Sample(now, requests, demand.complete, floor, demand.active), keep_seconds)
             self._windows[uid] = (now, window)
         return window
