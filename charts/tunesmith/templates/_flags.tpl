@@ -100,6 +100,9 @@
 - --comment-seconds={{ toJson .Values.gateway.limits.commentSeconds }}
 {{- end }}
 - {{ printf "--replicas=%s" (toString .Values.gateway.replicas) | quote }}
+{{- if not .Values.gateway.accessLog }}
+- --no-access-log
+{{- end }}
 - --linger-seconds={{ toJson .Values.gateway.lingerSeconds }}
 - --drain-seconds={{ toJson .Values.gateway.drainSeconds }}
 {{- end }}

@@ -84,6 +84,7 @@ class Forwarder:
             ClientDisconnectedError: the client closed its connection.
         """
         call.started = True
+        call.engine_name, call.pod = engine_name, backend.pod.name
         backend.add_running(engine_name, call.body.sequences)
         self._demand.add_running(call.model.id, call.body.sequences)
         upstream: aiohttp.ClientResponse | None = None
@@ -166,6 +167,10 @@ class Forwarder:
             raise errors.engine_error(call.model.id, upstream.status)
         return await self._relay_body(call, upstream, engine_name)
 
+    def _record_first_byte(self, call: Call) -> None:
+        call.first_byte_seconds = self._clock() - call.arrived
+        self._metrics.first_byte(call.model.id, call.first_byte_seconds)
+
     async def _engine_error(self, call: Call, upstream: aiohttp.ClientResponse) -> errors.ApiError:
         """Return the engine's error for the client."""
         data = await self._read_start(call, upstream)
@@ -180,7 +185,7 @@ class Forwarder:
             headers["x-should-retry"] = should_retry
         elif upstream.status >= HTTPStatus.INTERNAL_SERVER_ERROR and upstream.status != HTTPStatus.SERVICE_UNAVAILABLE:
             headers["x-should-retry"] = "false"
-        self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
+        self._record_first_byte(call)
         return errors.RelayedError(upstream.status, data, headers)
 
     async def _read_start(self, call: Call, upstream: aiohttp.ClientResponse) -> bytes:
@@ -207,7 +212,7 @@ class Forwarder:
         call.begin_answer()
         if call.usage is not None:
             call.usage.read_body(start)
-        self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
+        self._record_first_byte(call)
         headers = {"Content-Type": _JSON, "X-Request-Id": call.request_id}
         if small:
             return web.Response(body=start, headers=headers)
@@ -251,7 +256,7 @@ class Forwarder:
             reply.between_events = stream.between_events
             if first and stream.named:
                 first = False
-                self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
+                self._record_first_byte(call)
         await reply.write(stream.end())
         return await reply.finish()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,14 @@ from aiohttp import web
 
 from tunesmith.contracts.crash import request_digest
 from tunesmith.gateway import errors
+from tunesmith.gateway.access_log import AccessRecord
 from tunesmith.gateway.broadcast import wait_for_event
 from tunesmith.gateway.budget import Budget
 from tunesmith.gateway.connections import error_response
 from tunesmith.gateway.faults import describe_error
 from tunesmith.gateway.forward import OTHER_TOKEN, EngineLostError, Forwarder, NotStartedError
 from tunesmith.gateway.hold import RequestHold
-from tunesmith.gateway.models import models_body, names_models
+from tunesmith.gateway.models import MODELS_PATH, models_body, names_models
 from tunesmith.gateway.reply import ANSWER_BYTES, LIMIT_HEADERS, ClientDisconnectedError, write_large
 from tunesmith.gateway.request import RequestReader, request_id, require
 from tunesmith.gateway.usage import estimated_tokens
@@ -51,6 +53,7 @@ GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 HEALTH_PATHS = frozenset({"/", "/health"})
 CLIENT_CLOSED_REQUEST = 499
 """Status code in metrics and the log if the client closed the connection before the answer was complete."""
+_LONGEST_METHOD = 16
 _CUT_OFF_SECONDS = 5.0
 """Time limit for sending the last events of cut-off streams."""
 
@@ -62,6 +65,7 @@ class _Exchange:
     request: web.BaseRequest
     request_id: str
     arrived: float
+    key: str = ""
     call: Call | None = None
 
     @property
@@ -91,6 +95,7 @@ class Proxy:
         metrics: Metrics,
         limits: Limits,
         quotas: Quotas,
+        record: Callable[[AccessRecord], None] | None,
         clock: Callable[[], float],
         synced: Callable[[], bool],
         not_ready: Callable[[], str | None],
@@ -100,6 +105,7 @@ class Proxy:
         self._metrics = metrics
         self._limits = limits
         self._quotas = quotas
+        self._record = record
         self._clock = clock
         self._synced = synced
         self._not_ready = not_ready
@@ -132,7 +138,10 @@ class Proxy:
         except ClientDisconnectedError:
             response = _no_response()
         finally:
-            self._metrics.finished(exchange.model, code, self._clock() - exchange.arrived)
+            seconds = self._clock() - exchange.arrived
+            self._metrics.finished(exchange.model, code, seconds)
+            if self._record is not None and request.rel_url.path not in HEALTH_PATHS:
+                self._record(_access_record(exchange, code, seconds))
         if not response.prepared:
             response.headers.update(request.get(LIMIT_HEADERS, {}))
             if self.closing:
@@ -192,7 +201,7 @@ class Proxy:
         path = request.rel_url.path
         if path in GENERATE_PATHS:
             require(request, "POST")
-            key = await self._admit(request)
+            key = await self._admit(exchange)
             with self.budget.share(key.name) as share:
                 call = await self._requests.read(request, exchange.request_id, key, share, exchange.arrived)
                 exchange.call = call
@@ -200,7 +209,7 @@ class Proxy:
                     return await self._generate_counted(call)
         if names_models(path):
             require(request, "GET", "HEAD")
-            return await self._models(request, await self._admit(request))
+            return await self._models(request, await self._admit(exchange))
         if path in HEALTH_PATHS:
             require(request, "GET", "HEAD")
             reason = self._not_ready()
@@ -209,14 +218,15 @@ class Proxy:
             return _json(b'{"status":"ok"}')
         raise errors.unknown_url(request.method, path)
 
-    async def _admit(self, request: web.BaseRequest) -> ApiKey:
+    async def _admit(self, exchange: _Exchange) -> ApiKey:
         """Return the API key of a request, which counts towards the key's limit.
 
         Raises:
             ApiError: the request has no valid key, or the key has used up its limit.
         """
-        key = self._requests.authenticate(request)
-        request[LIMIT_HEADERS] = await self._quotas.count_request(key)
+        key = self._requests.authenticate(exchange.request)
+        exchange.key = key.name
+        exchange.request[LIMIT_HEADERS] = await self._quotas.count_request(key)
         return key
 
     async def _generate_counted(self, call: Call) -> web.StreamResponse:
@@ -282,6 +292,26 @@ class Proxy:
         with self.budget.share(key.name) as whole, self.budget.share(key.name) as share:
             whole.reserve(len(body))
             return await write_large(request, body, share, self._limits)
+
+
+def _access_record(exchange: _Exchange, status: int, seconds: float) -> AccessRecord:
+    call, path = exchange.call, exchange.request.rel_url.path
+    return AccessRecord(
+        time=datetime.now(UTC),
+        request_id=exchange.request_id,
+        key=exchange.key,
+        method=exchange.request.method[:_LONGEST_METHOD],
+        path=MODELS_PATH if names_models(path) else path if path in GENERATE_PATHS else "",
+        model=exchange.model,
+        engine_name=call.engine_name if call else "",
+        pod=call.pod if call else "",
+        status=status,
+        stream=call is not None and call.body.stream,
+        sequences=call.body.sequences if call else 0,
+        seconds=seconds,
+        first_byte_seconds=call.first_byte_seconds if call else None,
+        tokens=call.usage.tokens if call and call.usage and call.answered else None,
+    )
 
 
 def _no_response() -> web.Response:

@@ -47,6 +47,9 @@ class Call:
         events: the stream to the client, if it requested one.
         started: True while a pod may process it.
         answered: True once a part of a pod's answer was sent to the client.
+        engine_name: revision to which it was sent last; empty: none yet.
+        pod: `<namespace>/<name>` of the pod to which it was sent last; empty: none yet.
+        first_byte_seconds: time from its arrival to the first byte of a pod's answer; None: none yet.
         usage: counts the answer's tokens, if the API key has a limit of tokens.
         lost_on: UID of the pod whose engine died while it processed the request; it is sent to another pod once.
     """
@@ -63,6 +66,9 @@ class Call:
     started: bool = False
     answered: bool = False
     lost_on: str = ""
+    engine_name: str = ""
+    pod: str = ""
+    first_byte_seconds: float | None = None
     usage: AnswerUsage | None = None
 
     def begin_answer(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 from aiohttp import web
 
+from tunesmith.gateway.access_log import write_record
 from tunesmith.gateway.backends import BackendTable
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.connections import ClientServer
@@ -102,6 +103,7 @@ class Gateway:
             metrics=self.metrics,
             limits=settings,
             quotas=Quotas(settings.replicas, wall_clock=time.time),
+            record=write_record if settings.access_log else None,
             clock=loop.time,
             synced=self.feed.synced,
             not_ready=self._not_ready,

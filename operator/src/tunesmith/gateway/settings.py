@@ -44,6 +44,8 @@ class GatewaySettings(Limits, ClusterSettings):
         int, Field(ge=1, le=1000), ChartValue("gateway.replicas", "toString .Values.gateway.replicas")
     ] = 1
     """Number of gateways that share the limits of API keys."""
+    access_log: Annotated[bool, ChartValue("gateway.accessLog")] = True
+    """Write a line of JSON to stdout for each request, without API keys and contents."""
     engine_port: Annotated[_Port, _POOLS] = ENGINE_PORT
     """Port of the engines."""
     agent_port: Annotated[_Port, _POOLS] = AGENT_PORT
