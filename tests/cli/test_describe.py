@@ -80,6 +80,11 @@ SERVING = {
             "tunesmith deploy sail -n team",
         ),
         (
+            job(**COMPLETE, evaluation=EVALUATION | {"lossReductionPercent": -4.2}, artifact=ARTIFACT),
+            "loss 3.000 before, 1.500 after (4 % more)",
+            "tunesmith deploy sail -n team",
+        ),
+        (
             job(**COMPLETE, evaluation=EVALUATION | {"publishedStep": 12}, artifact=ARTIFACT),
             "loss 3.000 before, 1.500 after (50 % less), at step 12",
             "tunesmith deploy sail -n team",

@@ -20,9 +20,10 @@ _DENSE = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+    # vLLM's kernels for CPUs need heads of at least 32.
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
     "max_position_embeddings": 512,
 }
 _MIXTRAL = _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -37,26 +38,27 @@ _GROUPED = _DENSE | {
     "first_k_dense_replace": 1,
 }
 _LATENT = _GROUPED | {
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 2,
     "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 8,
+    # The only sizes of latent attention for which vLLM has a kernel for CPUs.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "head_dim": 64,
 }
 _LINEAR_ATTENTION = _DENSE | {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
     "layer_types": ["linear_attention", "full_attention"],
 }
 _SHARED = _ROUTED | {"shared_expert_intermediate_size": 32}
 _GPT = {
     "n_embd": 64,
     "n_layer": 2,
-    "n_head": 4,
+    "n_head": 2,
     "n_positions": 512,
     # Without dropout, so that runs can be compared.
     "resid_pdrop": 0.0,

@@ -1,8 +1,9 @@
 """Runs in vLLM's environment: loads adapters and compares their answers with their parity.json.
 
-Reads `[{"base": folder, "artifacts": {key: folder}, "answers": file, "arguments": of LLM}]` and writes to each file, by
-key, `{"difference", "base"}` of adapter and base, `{"error"}` of an adapter that is refused, or `{"failure"}` of an
-engine that does not run.
+Reads `[{"base": folder, "artifacts": {key: folder}, "modules": names, "answers": file, "arguments": of LLM}]`. Writes
+to each file `adapters`, by key: `{"difference", "base"}` of adapter and base, `{"error"}` of an adapter that is
+refused, or `{"failure"}` of an engine that does not run; and `unadapted`, those of the modules to which vLLM would not
+apply an adapter; null if the engine does not run.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models import registry
 
 SECONDS = 1800
@@ -39,8 +42,27 @@ def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None)
     return found
 
 
-def answers_of(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the answer of each artifact."""
+def unadapted(model: Any, modules: list[str]) -> list[str]:
+    """Return the modules whose adapters vLLM refuses (`WorkerLoRAManager._load_adapter`) or ignores.
+
+    It refuses names with an unknown last part, and applies the matrices whose names are those of its own layers.
+    """
+    manager = model.lora_manager
+    packed = manager.packed_modules_mapping
+    expected = {part for name in manager.supported_lora_modules for part in packed.get(name, [name])}
+    reached = set(manager.modules) | {name for names in manager.packed_modules.values() for name in names}
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    renames = None if mapper is None else mapper.get_rename_mapper()
+    found = []
+    for name in modules:
+        own, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", renames)
+        if own.rpartition(".")[2] not in expected or own not in reached:
+            found.append(name)
+    return found
+
+
+def answers_of(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of the file of answers."""
     arguments = {"dtype": "float32", **request["arguments"]}
     engine = LLM(
         model=request["base"],
@@ -61,7 +83,13 @@ def answers_of(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
             answers[key] = {"error": str(error)[:300]}
         else:
             answers[key] = {"difference": found, "base": difference(engine, parity, None)}
-    return answers
+    (without,) = engine.apply_model(partial(unadapted, modules=request["modules"]))
+    return {"adapters": answers, "unadapted": without}
+
+
+def failed(request: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return the answers of an engine that does not run."""
+    return {"adapters": {key: {"failure": text} for key in request["artifacts"]}, "unadapted": None}
 
 
 def probe(request: dict[str, Any]) -> None:
@@ -72,7 +100,7 @@ def probe(request: dict[str, Any]) -> None:
         _, status = os.waitpid(child, 0)
         if not target.exists():
             text = f"the engine exited with status {os.waitstatus_to_exitcode(status)}"
-            target.write_text(json.dumps({key: {"failure": text} for key in request["artifacts"]}))
+            target.write_text(json.dumps(failed(request, text)))
         return
     with target.with_suffix(".log").open("w") as log:
         os.dup2(log.fileno(), 1)
@@ -85,7 +113,7 @@ def probe(request: dict[str, Any]) -> None:
     except Exception as error:  # noqa: BLE001 - an engine that fails is an answer
         traceback.print_exc()
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        answers = {key: {"failure": text} for key in request["artifacts"]}
+        answers = failed(request, text)
     target.write_text(json.dumps(answers))
     os._exit(0)
 

@@ -179,6 +179,15 @@ def test_sharding_is_proposed_if_it_is_possible(
     assert str(ran.result.preflight.suggestion).startswith(suggestion)
 
 
+def test_sharding_is_not_proposed_for_a_base_that_cannot_be_sharded(wide: Workbench) -> None:
+    config = json.loads((wide.base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (wide.base / "config.json").write_text(json.dumps(config))
+    ran = wide.run("validate", wide.job(**GPU, method={"lora": {}}), "--gpu-memory-bytes", str(4 * 2**30))
+    assert ran.result.preflight is not None
+    assert str(ran.result.preflight.suggestion).startswith("no change of this job makes it fit")
+
+
 PLACES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nothing is requested": ({"gpus": 1, "nodes": 2}, {}),
     "FSDP2 is requested": ({"gpus": 1, "nodes": 2, "dataParallelism": "FSDP2"}, {}),

@@ -33,6 +33,11 @@ from tests.trainer.verify_methods import (
     write_line,
 )
 from tunesmith.contracts.parity import PARITY_FILE, Parity
+from tunesmith.contracts.safetensors import LENGTH_BYTES
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_RANK
+from tunesmith_server.base_weights import read_base_weights
+from tunesmith_server.lora import UnfitAdapterError, check_config, check_header, check_length, weight_bounds
+from tunesmith_trainer.methods.targets import modules_of
 
 if TYPE_CHECKING:
     from tests.trainer.verify_methods import Tried
@@ -138,10 +143,10 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
 
     lines = []
     for family in families:
-        lora, quantized = tried[f"{family.name}/lora"], tried[f"{family.name}/qlora"]
+        lora, quantized = tried[f"{family.name}/lora"], tried.get(f"{family.name}/qlora")
         counted = lora.result.preflight
         adapted = f"{counted.adapted_percent} %" if counted is not None else "–"
-        in_4_bits = quantized.result.preflight
+        in_4_bits = quantized.result.preflight if quantized is not None else None
         merged = (
             figure(lora.merge)
             if lora.merge is not None
@@ -199,6 +204,7 @@ _HEAD = [
 def main() -> int:
     """Write the table; return 1 if a cell does not hold its verdict."""
     parser = parser_of(__doc__, "families")
+    parser.add_argument("--columns", nargs="*", help="columns to measure, with --only: lora, qlora, ia3, full, …")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     families = [family for family in FAMILIES if not arguments.only or family.name in arguments.only]
@@ -210,6 +216,8 @@ def main() -> int:
             base = make(family, work / "bases" / family.model_type)
             own: dict[str, Tried] = {}
             for column, (method, merge) in methods_of(family).items():
+                if arguments.columns and column not in arguments.columns:
+                    continue
                 key = f"{family.name}/{column}"
                 rate = _RATE if column in {"lora", "named"} else None
                 own[key] = try_case(method, base, work / "runs" / family.model_type / column, merge, rate)
@@ -218,15 +226,18 @@ def main() -> int:
             check_count(own[f"{family.name}/lora"], family)
             lora = {key: one for key, one in own.items() if key.endswith(("/lora", "/named"))}
             if not family.unmeasured:
-                requests.append(engine_request(lora, base, work / "runs" / family.model_type, **family.engine))
+                names = modules_of(family.config).linear
+                requests.append(engine_request(lora, base, work / "runs" / family.model_type, names, **family.engine))
             for one in lora.values():
                 check_effect(one, base)
+                check_agent(one, base)
             tried |= own
         compare_reloaded(tried, work)
         if arguments.engine:
             ask_engines(requests, arguments.engine, work)
             for request in requests:
-                fill_in_answers(tried, request)
+                without = fill_in_answers(tried, request)
+                write_line(f"{request['base']}: {without}")
     return report(document(tried, families), DOCUMENT, tried, only=bool(arguments.only))
 
 
@@ -237,6 +248,22 @@ def check_effect(tried: Tried, base: Path) -> None:
     effect, name = least_effect(base, tried.artifact)
     if effect < _LEAST_EFFECT:
         tried.problems.append(f"the answers do not reveal whether {name} has its adapter: they change by {effect:.1e}")
+
+
+def check_agent(tried: Tried, base: Path) -> None:
+    """Note an adapter that is reported as servable and that the agent of a pool would refuse."""
+    if tried.result.artifact is None or not tried.result.artifact.servable.vllm:
+        return
+    weights = read_base_weights(base)
+    size = (tried.artifact / ADAPTER_WEIGHTS).stat().st_size
+    bounds = weight_bounds(weights, MAX_RANK)
+    try:
+        config = check_config((tried.artifact / ADAPTER_CONFIG).read_bytes(), max_rank=MAX_RANK)
+        with (tried.artifact / ADAPTER_WEIGHTS).open("rb") as file:
+            length = check_length(file.read(LENGTH_BYTES), size, bounds)
+            check_header(file.read(length), size, config, weights, bounds)
+    except UnfitAdapterError as error:
+        tried.problems.append(f"the agent refuses it: {error}")
 
 
 def check_count(tried: Tried, family: Family) -> None:

@@ -41,7 +41,7 @@ from tunesmith_trainer.main import run
 from tunesmith_trainer.methods import conversion, full
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
 RELOAD_LIMIT, PARITY_LIMIT = 2e-5, 1e-4
@@ -164,13 +164,16 @@ def compare_reloaded(tried: dict[str, Tried], work: Path) -> None:
             one.problems.append(f"reloaded, its logits differ by {one.reload:.1e}")
 
 
-def engine_request(tried: dict[str, Tried], base: Path, work: Path, **arguments: Any) -> dict[str, Any]:
+def engine_request(
+    tried: dict[str, Tried], base: Path, work: Path, modules: Iterable[str] = (), **arguments: Any
+) -> dict[str, Any]:
     """Return the request for `ask_engines` about the adapters that are reported as servable.
 
     Args:
         tried: what was trained on one base.
         base: folder of the base.
         work: folder for the answers.
+        modules: names of modules of which to ask whether vLLM can adapt them.
         arguments: further arguments of vLLM's `LLM`.
     """
     served = {
@@ -179,13 +182,19 @@ def engine_request(tried: dict[str, Tried], base: Path, work: Path, **arguments:
         if one.result.artifact is not None and one.result.artifact.servable.vllm
     }
     answers = work / "engine.answers"
-    return {"base": str(base), "artifacts": served, "answers": str(answers), "arguments": arguments}
+    return {
+        "base": str(base),
+        "artifacts": served,
+        "modules": sorted(modules),
+        "answers": str(answers),
+        "arguments": arguments,
+    }
 
 
 def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path) -> None:
     """Have a real vLLM answer the requests that have no answers yet."""
     listed = work / "engine.json"
-    listed.write_text(json.dumps([one for one in requests if one["artifacts"] and not Path(one["answers"]).exists()]))
+    listed.write_text(json.dumps([one for one in requests if _asks(one) and not Path(one["answers"]).exists()]))
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -197,10 +206,16 @@ def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path) -> Non
     subprocess.run([engine / "bin/python", probe, listed], check=True, env=environment)
 
 
-def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any]) -> None:
-    """Fill in the results of `ask_engines`."""
-    answers = json.loads(Path(request["answers"]).read_text()) if request["artifacts"] else {}
-    for key, answer in answers.items():
+def _asks(request: dict[str, Any]) -> bool:
+    return bool(request["artifacts"] or request["modules"])
+
+
+def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any]) -> list[str] | None:
+    """Fill in the results of `ask_engines`; return the modules that vLLM cannot adapt; None if it does not run."""
+    if not _asks(request):
+        return None
+    answers = json.loads(Path(request["answers"]).read_text())
+    for key, answer in answers["adapters"].items():
         one = tried[key]
         if "difference" not in answer:
             one.engine = "refuses it"
@@ -210,6 +225,8 @@ def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any]) -> None:
         for what, found in (("", answer["difference"]), (" without the adapter", answer["base"])):
             if not found <= PARITY_LIMIT:
                 one.problems.append(f"vLLM's log-probabilities{what} differ by {found:.1e}")
+    found_without: list[str] | None = answers["unadapted"]
+    return found_without
 
 
 def figure(value: float | None) -> str:

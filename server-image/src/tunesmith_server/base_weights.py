@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,12 +30,14 @@ class BaseWeights:
         folder: folder of the model.
         files: name of the file that holds each tensor.
         tensors: position and shape of each tensor.
+        architecture: name of the model's class, which vLLM looks for; "" if its configuration names none.
         norms: Frobenius norms measured so far, by tensor.
     """
 
     folder: Path
     files: dict[str, str]
     tensors: dict[str, Tensor]
+    architecture: str = ""
     norms: dict[str, float] = field(default_factory=dict)
 
     def matrix_of(self, module: str) -> str | None:
@@ -78,7 +81,7 @@ class BaseWeights:
 
 
 def read_base_weights(folder: Path) -> BaseWeights:
-    """Read the headers of a base model's safetensors files.
+    """Read the headers of a base model's safetensors files, and its architecture.
 
     Raises:
         ValueError: a safetensors file is damaged.
@@ -90,4 +93,12 @@ def read_base_weights(folder: Path) -> BaseWeights:
         found = read_tensors(path)
         tensors |= found
         files |= dict.fromkeys(found, path.name)
-    return BaseWeights(folder, files, tensors)
+    return BaseWeights(folder, files, tensors, _architecture(folder / "config.json"))
+
+
+def _architecture(config: Path) -> str:
+    try:
+        named = json.loads(config.read_bytes()).get("architectures")
+    except (FileNotFoundError, ValueError, RecursionError, AttributeError):
+        return ""  # vLLM reports a missing or damaged configuration
+    return str(named[0]) if isinstance(named, list) and named else ""

@@ -19,6 +19,7 @@ from tunesmith.contracts.servability import (
     TENSOR_SUFFIXES,
     LoraConfig,
     UnservableError,
+    check_modules,
     check_pairs,
     check_rank,
     parse_adapter_config,
@@ -110,13 +111,18 @@ def check_header(text: bytes, size: int, config: LoraConfig, base: BaseWeights, 
         bounds: bounds from `weight_bounds`.
 
     Raises:
-        UnfitAdapterError: the header is damaged, or a name, shape, rank or type does not fit.
+        UnfitAdapterError: the header is damaged, a name, shape, rank or type does not fit, or vLLM would not apply the
+            adapter to a module.
     """
     try:
         tensors = parse_header(text, size, bounds.tensors)
     except ValueError as error:
         raise UnfitAdapterError(f"{ADAPTER_WEIGHTS} {error}") from None
     modules = _by_module(tensors)
+    try:
+        check_modules(base.architecture, modules)
+    except UnservableError as error:
+        raise UnfitAdapterError(str(error)) from None
     for module, parts in modules.items():
         _check_module(module, parts["A"], parts["B"], config, base)
     return modules

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from tunesmith.api.method import SERVED_TYPES
 from tunesmith.api.methods.lora import INITIALIZATIONS, Initialization
 from tunesmith.contracts.strict_json import parse_object
+from tunesmith.contracts.vllm_architectures import VLLM
+from tunesmith.contracts.vllm_modules import UNADAPTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +34,8 @@ TENSOR_SUFFIXES: dict[str, Literal["A", "B"]] = {
     ".lora_embedding_B": "B",
 }
 """Suffixes of tensors' names, after the module's name, with the matrix that each denotes."""
+MERGED = "merge the adapter (output.merge) and serve the result as a model of its own"
+"""What to do with an adapter that vLLM cannot serve."""
 MAX_RANK = 512
 """Highest rank that vLLM supports (--max-lora-rank)."""
 MAX_CONFIG_BYTES = 256 * 1024
@@ -180,6 +184,40 @@ def split_tensor_name(name: str) -> tuple[str, Literal["A", "B"]]:
             "lora_B.weight"
         )
     return name.removeprefix(TENSOR_PREFIX).removesuffix(suffix), TENSOR_SUFFIXES[suffix]
+
+
+def check_modules(architecture: str, adapted: Iterable[str], linear: Iterable[str] | None = None) -> None:
+    """Check that vLLM applies the adapter to each module; for some it refuses the adapter, others it ignores.
+
+    Args:
+        architecture: first of `architectures` of the base model's config.json.
+        adapted: full names of the modules with an adapter.
+        linear: full names of all modules that could have one, for the message; None: unknown.
+
+    Raises:
+        UnservableError: vLLM would not apply the adapter to a module.
+    """
+    unadapted = UNADAPTED.get(architecture, frozenset())
+    without = sorted({_last_part(name) for name in adapted if _of_any_layer(name) in unadapted})
+    if not without:
+        return
+    others = sorted({_last_part(name) for name in linear or () if _of_any_layer(name) not in unadapted} - set(without))
+    named = f" (targetModules: [{', '.join(others)}])" if others else ""
+    fewer = f"train without {'it' if len(without) == 1 else 'them'}{named}, or "
+    raise UnservableError(
+        f"vLLM {VLLM} does not apply adapters to {', '.join(without)} of a {architecture}: "
+        f"{fewer if others or linear is None else ''}{MERGED}",
+        ("target_modules",),
+    )
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _of_any_layer(name: str) -> str:
+    """Return a module's name without the numbers of its layer and expert."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def check_pairs(names: Iterable[str]) -> dict[str, dict[Literal["A", "B"], str]]:

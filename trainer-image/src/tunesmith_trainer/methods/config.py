@@ -99,7 +99,7 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
             config = typed.config_of(spec.method.name, fields, modules, quantized=quantized)
         planned = _plan_other(spec.method, config, modules)
     if planned.servable.vllm:
-        planned = replace(planned, servable=servable.on_base(modules.class_name, stored))
+        planned = replace(planned, servable=servable.on_base(modules, planned.modules))
     _check_merge(spec, planned, modules)
     servable.require(spec, planned.servable)
     return planned

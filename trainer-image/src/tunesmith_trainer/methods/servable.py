@@ -17,8 +17,10 @@ from tunesmith.contracts.servability import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MAX_RANK,
+    MERGED,
     UnservableError,
     check_adapter_config,
+    check_modules,
     check_pairs,
     check_rank,
 )
@@ -26,14 +28,13 @@ from tunesmith.contracts.vllm_architectures import VLLM, WITH_ADAPTERS, WITHOUT_
 from tunesmith_trainer.errors import NotServableError, SelfCheckError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
     from tunesmith.api.methods.declaration import MethodFields
-    from tunesmith_trainer.base_model.stored import StoredQuantization
+    from tunesmith_trainer.methods.targets import Modules
 
-_MERGED = "merge the adapter (output.merge) and serve the result as a model of its own"
 _SERVABLE = ServableStatus(vllm=True)
 WHOLE_MODEL = ServableStatus(
     vllm=False,
@@ -65,23 +66,28 @@ def verdict(fields: MethodFields, config: Mapping[str, Any]) -> ServableStatus:
     return _SERVABLE
 
 
-def on_base(class_name: str, stored: StoredQuantization | None = None) -> ServableStatus:
+def on_base(modules: Modules, adapted: Iterable[str]) -> ServableStatus:
     """Return the verdict on a servable adapter.
 
     Args:
-        class_name: name of the base model's class.
-        stored: quantisation of the base model; None: it is not quantised.
+        modules: modules of the base model.
+        adapted: full names of those with an adapter.
     """
+    class_name, stored = modules.class_name, modules.stored
     if stored is not None and stored.kept:
         # Agents check an adapter's shapes against those of the base, which bitsandbytes packs.
-        remedy = f"{_MERGED.replace('output.merge', 'output.merge: Dequantized')}, or " if stored.in_4_bits else ""
+        remedy = f"{MERGED.replace('output.merge', 'output.merge: Dequantized')}, or " if stored.in_4_bits else ""
         return _not_servable(
             f"pools do not serve base models in {stored.name}: {remedy}train on the model that it was quantised from"
         )
     if class_name in WITH_ADAPTERS:
+        try:
+            check_modules(class_name, adapted, modules.linear)
+        except UnservableError as error:
+            return _not_servable(str(error))
         return _SERVABLE
     if class_name in WITHOUT_ADAPTERS:
-        return _not_servable(f"vLLM {VLLM} serves a {class_name}, but not with adapters: {_MERGED}")
+        return _not_servable(f"vLLM {VLLM} serves a {class_name}, but not with adapters: {MERGED}")
     return _not_servable(f"vLLM {VLLM} does not have the architecture {class_name}: serve it with another engine")
 
 
@@ -90,7 +96,7 @@ def _remedy(fields: MethodFields, keys: Sequence[str]) -> str:
         return "use method.lora; this adapter cannot be merged either"
     known = _REMEDIES if isinstance(fields, LoraFields) else {}
     changes = [known[key] for key in keys if key in known] or ["use method.lora"]
-    return f"{' and '.join(changes)}, or {_MERGED}"
+    return f"{' and '.join(changes)}, or {MERGED}"
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -270,12 +270,13 @@ def suggest(
     shardable: bool,
 ) -> str:
     """Describe the cheapest change that fits according to the same estimate, in one sentence."""
+    quantization = _can_quantize(spec) and sized.stored_bytes is None
     possible = options(
         run,
         sizes,
         checkpointing=can_recompute(spec),
         sharding=spec.resources.ranks > 1 and shardable,
-        quantization=_can_quantize(spec) and sized.stored_bytes is None,
+        quantization=quantization,
     )
     if spec.dataset.overlong is Overlong.ERROR:
         possible["max_length"] = []
@@ -288,7 +289,7 @@ def suggest(
         if not sized.ranks < wider.ranks <= batch:
             continue
         others = options(
-            run, [1, *sizes], checkpointing=can_recompute(spec), sharding=True, quantization=_can_quantize(spec)
+            run, [1, *sizes], checkpointing=can_recompute(spec), sharding=shardable, quantization=quantization
         )
         found = changes(run, others | {"rank": [], "max_length": []}, partial(_fits, wider, run, batch, gpu_memory))
         if found is not None:

@@ -1,0 +1,10 @@
+"""Linear modules that vLLM cannot adapt. Written by `make verify-architectures`, from engines: do not edit."""
+
+UNADAPTED: dict[str, frozenset[str]] = {
+    "Glm4ForCausalLM": frozenset(
+        {
+            "model.layers.mlp.gate_up_proj",
+        }
+    ),
+}
+"""Full names, without the numbers of layers, of modules whose adapters vLLM refuses or ignores, by architecture."""
