@@ -119,6 +119,45 @@ def test_the_configuration_is_json_with_one_meaning(
     assert sentence in refusal(LocalArtifact.of(document, weights), limits, tmp_path)
 
 
+def of_module(name: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Tensors of an adapter for one module."""
+    return {
+        f"base_model.model.{name}.lora_{part}.weight": adapter_tensors()[f"{Q}.lora_{part}.weight"] for part in "AB"
+    }
+
+
+def base_with(folder: Path, module: str, architecture: str) -> PodLimits:
+    """Limits for a base model of one linear module."""
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", {f"{module}.weight": np.ones((HEIGHT, WIDTH), np.float32)})
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    return limits_of(folder)
+
+
+def test_an_adapter_of_a_module_that_vllm_does_not_adapt_is_refused(tmp_path: Path) -> None:
+    module = "model.layers.3.mlp.gate_up_proj"
+    artifact = LocalArtifact.make(tmp_path / "made", of_module(module), alpha_pattern={})
+    assert check(artifact, base_with(tmp_path / "other", module, "Phi3ForCausalLM"), tmp_path).is_dir()
+    (tmp_path / "again").mkdir()
+    assert refusal(artifact, base_with(tmp_path / "base", module, "Glm4ForCausalLM"), tmp_path / "again") == (
+        "vLLM 0.32 does not apply adapters to gate_up_proj of a Glm4ForCausalLM: train without it, or merge the "
+        "adapter (output.merge) and serve the result as a model of its own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "stored"), [("model.language_model", "language_model.model"), ("model", "backbone")]
+)
+def test_weights_may_be_stored_with_former_names(tmp_path: Path, module: str, stored: str) -> None:
+    rest = "layers.0.mixer.q_proj"
+    limits = base_with(tmp_path / "base", f"{stored}.{rest}", "NemotronHForCausalLM")
+    artifact = LocalArtifact.make(tmp_path / "made", of_module(f"{module}.{rest}"), alpha_pattern={})
+    assert check(artifact, limits, tmp_path).is_dir()
+    (tmp_path / "again").mkdir()
+    other = LocalArtifact.make(tmp_path / "made", of_module(rest), alpha_pattern={})
+    assert f"the base model has no {rest}.weight" in refusal(other, limits, tmp_path / "again")
+
+
 def scaled(parts: str, factor: float) -> dict[str, np.ndarray[Any, Any]]:
     tensors = adapter_tensors()
     return {name: values * np.float32(factor if name[-8] in parts else 1) for name, values in tensors.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ImageProcessor, PretrainedConfig
 
 from tests.trainer.tiny_model import make as make_llama
 
@@ -26,6 +26,8 @@ _DENSE = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+_ONE_HEAD_EACH = {name: value for name, value in _DENSE.items() if name not in {"num_key_value_heads", "head_dim"}}
+"""Settings of architectures without heads that share keys and values; vLLM would read their number all the same."""
 _MIXTRAL = _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}
 _ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _GROUPED = _DENSE | {
@@ -54,6 +56,8 @@ _LINEAR_ATTENTION = _DENSE | {
     "linear_value_head_dim": 32,
     "layer_types": ["linear_attention", "full_attention"],
 }
+_BFLOAT16 = {"dtype": "bfloat16"}
+"""Arguments of engines for linear attention, which vLLM's kernels for CPUs compute in bfloat16."""
 _SHARED = _ROUTED | {"shared_expert_intermediate_size": 32}
 _GPT = {
     "n_embd": 64,
@@ -111,7 +115,7 @@ FAMILIES = [
     Family("Ministral 3", "ministral3"),
     Family("Qwen2.5", "qwen2"),
     Family("Qwen3", "qwen3"),
-    Family("Qwen3.5", "qwen3_5_text", _LINEAR_ATTENTION),
+    Family("Qwen3.5", "qwen3_5_text", _LINEAR_ATTENTION, engine=_BFLOAT16),
     Family("Gemma", "gemma"),
     Family("Gemma 2", "gemma2"),
     Family("Gemma 3", "gemma3_text"),
@@ -126,6 +130,7 @@ FAMILIES = [
             "boi_token_index": 6,
             "eoi_token_index": 7,
         },
+        engine={"limit_mm_per_prompt": {"image": 0}},
     ),
     Family(
         "Gemma 3n",
@@ -187,8 +192,8 @@ FAMILIES = [
             "max_position_embeddings": 512,
         },
     ),
-    Family("GPT-NeoX", "gpt_neox", explicit=("query_key_value",)),
-    Family("GPT-BigCode", "gpt_bigcode", _GPT, ("c_attn",)),
+    Family("GPT-NeoX", "gpt_neox", _ONE_HEAD_EACH, ("query_key_value",)),
+    Family("GPT-BigCode", "gpt_bigcode", _GPT, ("c_fc", "c_proj")),
     Family("CodeGen", "codegen", _GPT | {"rotary_dim": 8, "n_ctx": 512}, ("qkv_proj",)),
     Family(
         "Falcon",
@@ -207,16 +212,21 @@ FAMILIES = [
     Family("Mixtral", "mixtral", _MIXTRAL, experts=_EXPERTS),
     Family("Qwen2-MoE", "qwen2_moe", _DENSE | _SHARED, experts=_EXPERTS),
     Family("Qwen3-MoE", "qwen3_moe", _DENSE | _ROUTED, experts=_EXPERTS),
-    Family("Qwen3-Next", "qwen3_next", _LINEAR_ATTENTION | _SHARED, experts=_EXPERTS),
-    Family("Qwen3.5-MoE", "qwen3_5_moe_text", _LINEAR_ATTENTION | _SHARED, experts=_EXPERTS),
+    Family("Qwen3-Next", "qwen3_next", _LINEAR_ATTENTION | _SHARED, experts=_EXPERTS, engine=_BFLOAT16),
+    Family("Qwen3.5-MoE", "qwen3_5_moe_text", _LINEAR_ATTENTION | _SHARED, experts=_EXPERTS, engine=_BFLOAT16),
     Family("DeepSeek-V2", "deepseek_v2", _LATENT, ("q_a_proj", "o_proj"), _EXPERTS),
-    Family("DeepSeek-V3", "deepseek_v3", _LATENT, ("q_a_proj", "o_proj"), _EXPERTS),
+    Family("DeepSeek-V3", "deepseek_v3", _LATENT | {"topk_method": "noaux_tc"}, ("q_a_proj", "o_proj"), _EXPERTS),
     Family("gpt-oss", "gpt_oss", _MIXTRAL | {"layer_types": ["sliding_attention", "full_attention"]}, experts=_EXPERTS),
     Family(
         "Llama 4, text",
         "llama4_text",
         _MIXTRAL
-        | {"intermediate_size_mlp": 128, "num_experts_per_tok": 1, "moe_layers": [1], "attention_chunk_size": 128},
+        | {
+            "intermediate_size_mlp": 128,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 128,
+        },
         experts=_EXPERTS,
     ),
     Family("ERNIE 4.5", "ernie4_5"),
@@ -224,8 +234,21 @@ FAMILIES = [
     Family("Seed-OSS", "seed_oss"),
     Family("Hunyuan", "hunyuan_v1_dense"),
     Family("Nemotron", "nemotron"),
-    Family("LFM2", "lfm2", _DENSE | {"layer_types": ["conv", "full_attention"]}),
-    Family("MiniMax-M2", "minimax_m2", _MIXTRAL, experts=_EXPERTS),
+    Family(
+        "LFM2",
+        "lfm2",
+        _DENSE
+        | {
+            "layer_types": ["conv", "full_attention"],
+            # As published: transformers ignores them, vLLM reads them.
+            "conv_dim": 64,
+            "block_dim": 64,
+            "block_multiple_of": 32,
+            "block_auto_adjust_ff_dim": False,
+            "block_ffn_dim_multiplier": None,
+        },
+    ),
+    Family("MiniMax-M2", "minimax_m2", _MIXTRAL | {"rotary_dim": 16}, experts=_EXPERTS),
     Family(
         "Nemotron-H",
         "nemotron_h",
@@ -268,4 +291,7 @@ def make(family: Family, folder: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tokenizer / file, folder / file)
     model.save_pretrained(folder)
+    if "vision_config" in family.settings:
+        side = family.settings["vision_config"]["image_size"]
+        Gemma3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     return folder

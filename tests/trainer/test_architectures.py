@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.architectures import FAMILIES, Family, make
 from tests.trainer.methods_rig import PROMPTS, distance, spec_of, try_method
+from tests.trainer.verify_architectures import limit_of
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.errors import InvalidSpecError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 BY_NAME = {family.name: family for family in FAMILIES}
-LORA, ADAPTED, QLORA, IN_4_BITS, VLLM = 2, 3, 5, 6, 11
+LORA, ADAPTED, QLORA, IN_4_BITS, VLLM, PARITY = 2, 3, 5, 6, 11, 12
 
 
 @cache
@@ -65,7 +66,9 @@ def test_the_table_agrees_with_the_cpu_stage(family: Family, table: dict[str, li
     known = modules(family.name)
     assert row[LORA].startswith("yes")
     assert row[ADAPTED] == f"{100 * planned.adapted_weights // known.layer_weights} %"
-    assert row[VLLM].split(" ")[0] == ("yes" if planned.servable.vllm else "no")
+    named = plan(family.name, {"lora": {"rank": 4, "targetModules": list(family.explicit)}})
+    assert row[VLLM].split(" ")[0] == ("yes" if planned.servable.vllm else "named" if named.servable.vllm else "no")
+    assert (row[PARITY] == "–") == row[VLLM].startswith("no ")
     try:
         plan(family.name, {"qlora": {"rank": 4}})
     except InvalidSpecError:
@@ -73,6 +76,14 @@ def test_the_table_agrees_with_the_cpu_stage(family: Family, table: dict[str, li
     else:
         assert row[QLORA].startswith("yes")
         assert row[IN_4_BITS] == f"{100 * known.quantizable_weights // known.layer_weights} %"
+
+
+def test_vllm_computed_what_the_trainer_did(table: dict[str, list[str]]) -> None:
+    for name, row in table.items():
+        figure, _, kind = row[PARITY].partition(" in ")
+        if row[PARITY] != "–" and not row[PARITY].startswith("not measured ["):
+            assert float(figure) <= limit_of(BY_NAME[name]), name
+            assert kind == BY_NAME[name].engine.get("dtype", "")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +101,22 @@ def test_all_linear_trains_as_many_parameters_as_peft(name: str) -> None:
         return
     adapted = get_peft_model(model, config)
     assert planned.parameters == sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "GLM-4-MoE", "Qwen3-Next"])
+def test_peft_has_no_adapters_for_modules_that_are_named_like_experts(name: str) -> None:
+    """Dense layers and shared experts, beside stacked ones: PEFT's own all-linear means the stacked ones by them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(BY_NAME[name].config)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    theirs = {
+        parameter.split(".lora_A.")[0].removeprefix("base_model.model.")
+        for parameter, _ in adapted.named_parameters()
+        if ".lora_A." in parameter
+    }
+    ours = set(plan(name, {"lora": {"rank": 4}}).modules)
+    assert {module for module in theirs if module in modules(name).linear} == ours
+    assert [module for module in modules(name).linear if module not in ours]
 
 
 def test_all_linear_of_a_vision_language_model_is_its_language_model() -> None:
@@ -115,6 +142,18 @@ def test_experts_get_an_adapter_where_they_are_named() -> None:
     assert without.servable.vllm
     assert not with_experts.servable.vllm
     assert "remove targetParameters" in str(with_experts.servable.reason)
+
+
+def test_an_adapter_is_servable_without_the_modules_that_vllm_does_not_adapt() -> None:
+    whole = plan("GLM-4-0414", {"lora": {}}).servable
+    assert not whole.vllm
+    assert whole.reason == (
+        "vLLM 0.32 does not apply adapters to gate_up_proj of a Glm4ForCausalLM: train without it (targetModules: "
+        "[down_proj, k_proj, o_proj, q_proj, v_proj]), or merge the adapter (output.merge) and serve the result as a "
+        "model of its own"
+    )
+    named = {"targetModules": ["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]}
+    assert plan("GLM-4-0414", {"lora": named}).servable.vllm
 
 
 @pytest.mark.parametrize(

@@ -32,21 +32,29 @@ from tests.trainer.verify_methods import (
     try_case,
     write_line,
 )
+from tunesmith.contracts import vllm_modules
 from tunesmith.contracts.parity import PARITY_FILE, Parity
 from tunesmith.contracts.safetensors import LENGTH_BYTES
-from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_RANK
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_RANK, of_any_layer
+from tunesmith.contracts.vllm_architectures import WITH_ADAPTERS
+from tunesmith.contracts.vllm_modules import UNADAPTED
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError, check_config, check_header, check_length, weight_bounds
 from tunesmith_trainer.methods.targets import modules_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.trainer.verify_methods import Tried
 
+UNADAPTED_MODULE = Path(vllm_modules.__file__)
 DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
 _LORA = {"rank": 4, "alpha": 8}
 _RATE = 0.02
 """Learning rate with which each adapted module has an effect that an engine's answers reveal."""
-_LEAST_EFFECT = 10 * PARITY_LIMIT
+_BFLOAT16_LIMIT = 0.05
+_LEAST_EFFECT = 10
+"""Least effect of each adapted module, as a multiple of the difference between engine and trainer."""
 
 
 def methods_of(family: Family) -> dict[str, tuple[dict[str, Any], str]]:
@@ -157,18 +165,35 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
         cells = [family.name, f"`{family.model_type}`", cell(family, "lora"), adapted, merged]
         cells += [cell(family, "qlora"), f"{in_4_bits.quantized_percent} %" if in_4_bits is not None else "–"]
         cells += [cell(family, column) for column in ("ia3", "full", "named", "experts")]
-        artifact = lora.result.artifact
-        if artifact is None:
-            cells += ["–", "–"]
-        elif not artifact.servable.vllm:
-            cells += [f"no {note(family, artifact.servable.reason)}", "–"]
-        else:
-            unmeasured = f"not measured {note(family, family.unmeasured)}" if family.unmeasured else "not measured"
-            cells += ["yes", lora.engine or unmeasured]
+        cells += [_served(family, tried, note), _parity(family, tried, note)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*_HEAD, *lines, "", "## Notes", "", *(f"{i}. {text}" for i, text in enumerate(notes, 1)), ""])
 
 
+def _served(family: Family, tried: dict[str, Tried], note: Callable[[Family, str | None], str]) -> str:
+    artifacts = [one.result.artifact for column in _SERVED if (one := tried.get(f"{family.name}/{column}"))]
+    lora, named = artifacts[0], artifacts[-1]
+    if lora is None:
+        return "–"
+    if lora.servable.vllm:
+        return "yes"
+    kind = "named" if named is not None and named.servable.vllm else "no"
+    return f"{kind} {note(family, lora.servable.reason)}"
+
+
+def _parity(family: Family, tried: dict[str, Tried], note: Callable[[Family, str | None], str]) -> str:
+    one = [tried[key] for column in _SERVED if (key := f"{family.name}/{column}") in tried]
+    if not any(each.result.artifact is not None and each.result.artifact.servable.vllm for each in one):
+        return "–"
+    found = [each.engine for each in one if each.engine is not None]
+    if not found:
+        return f"not measured {note(family, family.unmeasured)}" if family.unmeasured else "not measured"
+    kind = family.engine.get("dtype")
+    return figure(max(found)) if kind is None else f"{figure(max(found))} in {kind}"
+
+
+_SERVED = ("lora", "named")
+"""Columns whose adapters are loaded by vLLM."""
 _COLUMNS = [
     *("Family", "`model_type`", "lora", "adapted", "merge", "qlora", "in 4 bits", "ia3", "full", "named", "experts"),
     *("vLLM", "parity"),
@@ -193,8 +218,9 @@ _HEAD = [
     "  norm).",
     "- **qlora** and **in 4 bits**: `qlora: {}`, and the share of the weights that 4 bits hold.",
     "- **named**: `lora` with modules given by name; **experts**: `lora` with `targetParameters`.",
-    "- **vLLM**: whether the engine loads the adapter as it is; **parity**: greatest difference of log-probabilities",
-    "  between a real vLLM and the artifact's `parity.json`.",
+    "- **vLLM**: whether the engine applies the adapter of `lora: {}`, or that of **named** modules only; **parity**:",
+    "  greatest difference of log-probabilities between a real vLLM on a CPU (in float32, where no other type is",
+    "  given) and the `parity.json` of the artifacts of **lora** and **named**.",
     "",
     f"| {' | '.join(_COLUMNS)} |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -226,27 +252,63 @@ def main() -> int:
             check_count(own[f"{family.name}/lora"], family)
             lora = {key: one for key, one in own.items() if key.endswith(("/lora", "/named"))}
             if not family.unmeasured:
-                names = modules_of(family.config).linear
-                requests.append(engine_request(lora, base, work / "runs" / family.model_type, names, **family.engine))
+                modules = modules_of(family.config)
+                names = modules.linear if modules.class_name in WITH_ADAPTERS else ()
+                engine = dict(family.engine)
+                if family.experts:
+                    # vLLM's kernels for CPUs have no adapters of experts, which it would prepare for.
+                    engine["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in names})
+                request = engine_request(lora, base, work / "runs" / family.model_type, names, **engine)
+                requests.append((family, request))
             for one in lora.values():
-                check_effect(one, base)
                 check_agent(one, base)
             tried |= own
         compare_reloaded(tried, work)
         if arguments.engine:
-            ask_engines(requests, arguments.engine, work)
-            for request in requests:
-                without = fill_in_answers(tried, request)
-                write_line(f"{request['base']}: {without}")
+            ask_engines([request for _, request in requests], arguments.engine, work)
+            found = {
+                modules_of(family.config).class_name: fill_in_answers(tried, request, limit_of(family))
+                for family, request in requests
+            }
+            for one in tried.values():
+                check_effect(one)
+            if not arguments.only:
+                write_unadapted(found)
     return report(document(tried, families), DOCUMENT, tried, only=bool(arguments.only))
 
 
-def check_effect(tried: Tried, base: Path) -> None:
-    """Note an adapter of which an engine's answers would not reveal whether it is applied to all modules."""
-    if tried.result.artifact is None or not tried.result.artifact.servable.vllm:
+def limit_of(family: Family) -> float:
+    """Return the greatest difference of log-probabilities of a family's engine that is not a problem."""
+    return _BFLOAT16_LIMIT if family.engine.get("dtype") == "bfloat16" else PARITY_LIMIT
+
+
+def write_unadapted(found: dict[str, list[str] | None]) -> None:
+    """Write the modules that vLLM cannot adapt, by architecture; those of engines that did not run stay as they were.
+
+    Args:
+        found: full names of such modules, by architecture; None: the engine did not run.
+    """
+    entries = {name: frozenset(map(of_any_layer, modules)) for name, modules in found.items() if modules is not None}
+    entries = {name: UNADAPTED[name] for name in UNADAPTED if name not in entries} | entries
+    lines = ["UNADAPTED: dict[str, frozenset[str]] = {"]
+    for name, modules in sorted(entries.items()):
+        if modules:
+            lines += [f'    "{name}": frozenset(', "        {"]
+            lines += [f'            "{module}",' for module in sorted(modules)]
+            lines += ["        }", "    ),"]
+    head, rest = UNADAPTED_MODULE.read_text().split("UNADAPTED:", 1)
+    UNADAPTED_MODULE.write_text("\n".join([head + lines[0], *lines[1:], rest[rest.index('}\n"""') :]]))
+
+
+def check_effect(tried: Tried) -> None:
+    """Note an adapter of which the engine's answers do not reveal whether it is applied to all modules.
+
+    In bfloat16 they cannot; then the engine's list of modules tells.
+    """
+    if tried.engine is None or tried.engine > PARITY_LIMIT:
         return
-    effect, name = least_effect(base, tried.artifact)
-    if effect < _LEAST_EFFECT:
+    effect, name = least_effect(tried.base, tried.artifact)
+    if effect < _LEAST_EFFECT * tried.engine:
         tried.problems.append(f"the answers do not reveal whether {name} has its adapter: they change by {effect:.1e}")
 
 

@@ -61,7 +61,7 @@ class Tried:
     reload: float | None = None
     merge: float | None = None
     no_merge: str | None = None
-    engine: str | None = None
+    engine: float | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -210,23 +210,28 @@ def _asks(request: dict[str, Any]) -> bool:
     return bool(request["artifacts"] or request["modules"])
 
 
-def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any]) -> list[str] | None:
-    """Fill in the results of `ask_engines`; return the modules that vLLM cannot adapt; None if it does not run."""
+def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any], limit: float = PARITY_LIMIT) -> list[str] | None:
+    """Fill in the results of `ask_engines`; return the modules that vLLM cannot adapt; None if it does not run.
+
+    Args:
+        tried: what was trained.
+        request: an answered request.
+        limit: greatest difference of log-probabilities that is not a problem.
+    """
     if not _asks(request):
         return None
     answers = json.loads(Path(request["answers"]).read_text())
     for key, answer in answers["adapters"].items():
         one = tried[key]
         if "difference" not in answer:
-            one.engine = "refuses it"
             one.problems.append(f"vLLM does not load it: {answer}")
             continue
-        one.engine = figure(answer["difference"])
+        one.engine = answer["difference"]
         for what, found in (("", answer["difference"]), (" without the adapter", answer["base"])):
-            if not found <= PARITY_LIMIT:
+            if not found <= limit:
                 one.problems.append(f"vLLM's log-probabilities{what} differ by {found:.1e}")
-    found_without: list[str] | None = answers["unadapted"]
-    return found_without
+    unadapted: list[str] | None = answers["unadapted"]
+    return unadapted
 
 
 def figure(value: float | None) -> str:
@@ -279,7 +284,7 @@ def _served(case: Case, tried: dict[str, Tried], note: Any) -> list[str]:
     assert artifact is not None
     if not artifact.servable.vllm:
         return [f"no {note(str(artifact.servable.reason))}", "–"]
-    measured = [one.engine for one in trained if one.engine]
+    measured = [figure(one.engine) for one in trained if one.engine is not None]
     return ["yes", ", ".join(dict.fromkeys(measured)) or "not asked"]
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 MEASURED_WHOLE = 1 << 20
 """Number of values up to which a tensor is read in full; of a larger tensor, a sample of this size is read."""
 _BLOCK = 1 << 14
+_FORMER_NAMES = {"model.language_model.": "language_model.model.", "model.": "backbone."}
+"""Beginnings of the names of modules in transformers, with those of published weights (Gemma 3, Nemotron-H)."""
 _NOMINAL_DEVIATION = 0.02
 """Usual standard deviation of a linear layer's weights."""
 
@@ -43,13 +45,17 @@ class BaseWeights:
     def matrix_of(self, module: str) -> str | None:
         """Return the name of a module's weight matrix; None if the base model has no such module.
 
-        A tied `lm_head` is stored once, as the embedding.
+        A tied `lm_head` is stored once, as the embedding. Some weights are stored with the names that modules had once.
         """
         name = f"{module}.weight"
         if name in self.tensors:
             return name
         if module == "lm_head":
             return next((name for name in self.tensors if name.endswith("embed_tokens.weight")), None)
+        for current, former in _FORMER_NAMES.items():
+            stored = former + name.removeprefix(current)
+            if name.startswith(current) and stored in self.tensors:
+                return stored
         return None
 
     def norm(self, name: str) -> float:

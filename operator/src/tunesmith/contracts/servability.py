@@ -198,10 +198,10 @@ def check_modules(architecture: str, adapted: Iterable[str], linear: Iterable[st
         UnservableError: vLLM would not apply the adapter to a module.
     """
     unadapted = UNADAPTED.get(architecture, frozenset())
-    without = sorted({_last_part(name) for name in adapted if _of_any_layer(name) in unadapted})
+    without = sorted({_last_part(name) for name in adapted if of_any_layer(name) in unadapted})
     if not without:
         return
-    others = sorted({_last_part(name) for name in linear or () if _of_any_layer(name) not in unadapted} - set(without))
+    others = sorted({_last_part(name) for name in linear or () if of_any_layer(name) not in unadapted} - set(without))
     named = f" (targetModules: [{', '.join(others)}])" if others else ""
     fewer = f"train without {'it' if len(without) == 1 else 'them'}{named}, or "
     raise UnservableError(
@@ -215,8 +215,8 @@ def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _of_any_layer(name: str) -> str:
-    """Return a module's name without the numbers of its layer and expert."""
+def of_any_layer(name: str) -> str:
+    """Return a module's full name without the numbers of its layer and expert."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 

@@ -1,6 +1,11 @@
 """Linear modules that vLLM cannot adapt. Written by `make verify-architectures`, from engines: do not edit."""
 
 UNADAPTED: dict[str, frozenset[str]] = {
+    "GPTBigCodeForCausalLM": frozenset(
+        {
+            "transformer.h.attn.c_attn",
+        }
+    ),
     "Glm4ForCausalLM": frozenset(
         {
             "model.layers.mlp.gate_up_proj",
