@@ -245,7 +245,7 @@ FAMILIES = [
             "block_dim": 64,
             "block_multiple_of": 32,
             "block_auto_adjust_ff_dim": False,
-            "block_ffn_dim_multiplier": None,
+            "block_ffn_dim_multiplier": 1.0,
         },
     ),
     Family("MiniMax-M2", "minimax_m2", _MIXTRAL | {"rotary_dim": 16}, experts=_EXPERTS),
