@@ -284,7 +284,15 @@ def test_minimal_pool_and_adapter_get_the_defaults(apiserver: ApiServer, namespa
 
 
 REFUSED_ADAPTERS = {
-    "no source": ({"adapterFrom": {}}, "spec.adapterFrom.fineTuneJob: Required value"),
+    "no source": ({"adapterFrom": {}}, "adapterFrom must have exactly one of fineTuneJob and artifact"),
+    "two sources": (
+        {"adapterFrom": {"fineTuneJob": {"name": "tone"}, "artifact": {"uri": "s3://bucket/adapter"}}},
+        "adapterFrom must have exactly one of fineTuneJob and artifact",
+    ),
+    "a local adapter": (
+        {"adapterFrom": {"fineTuneJob": None, "artifact": {"uri": "file:///adapter"}}},
+        "file:// uris work only in a local run",
+    ),
     "replicas beside autoscaling": ({"replicas": 3, "autoscaling": {"maxReplicas": 4}}, AUTOSCALED),
     "more at least than at most": (
         {"autoscaling": {"minReplicas": 3, "maxReplicas": 2}},

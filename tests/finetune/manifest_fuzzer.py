@@ -34,6 +34,7 @@ from tunesmith.jobs.settings import JobSettings
 from tunesmith.serving import adapter as adapters
 from tunesmith.serving import pool as pools
 from tunesmith.serving import render as pool_render
+from tunesmith.serving.imports import import_job, plan_import
 from tunesmith.serving.resolve import candidates, choose_pool, resolve_artifact
 from tunesmith.serving.settings import PoolSettings
 
@@ -330,10 +331,17 @@ def _adapterdeployment(manifest: Object, _: random.Random) -> str:
         return "refused"
     pool = ServingPool.model_validate({**SEEDS[2], "status": {"baseModelFingerprint": "sha256:f"}})
     job = FineTuneJob.model_validate(SEEDS[1])
+    source, found = adapter.spec.adapter_from, candidates(adapter, "sha256:f", [pool], ())
     for of in (None, job):
+        if source.artifact is not None:
+            artifact = plan_import(adapter, source.artifact, found, {}, NOW, STORE).artifact
+            _writable(import_job(adapter, source.artifact, pool.spec.base_model, INSTALLATION.settings))
+        else:
+            assert source.fine_tune_job is not None
+            artifact = resolve_artifact(adapter, source.fine_tune_job.name, of, STORE)
         observation = adapters.AdapterObservation(
-            artifact=resolve_artifact(adapter, of, STORE),
-            pool=choose_pool(adapter, "sha256:f", candidates(adapter, "sha256:f", [pool], ())),
+            artifact=artifact,
+            pool=choose_pool(adapter, "sha256:f", found),
             lost_to=None,
             pods=(),
             unplaced={},

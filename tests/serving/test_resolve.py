@@ -30,7 +30,7 @@ def test_the_artifact_of_a_complete_job_is_at_the_computed_location(
     adapter: Callable[..., AdapterDeployment], job: Callable[..., FineTuneJob]
 ) -> None:
     done = job(conditions=[condition("Complete")], artifact=artifact(), resolved={"baseModelFingerprint": "sha256:f"})
-    assert resolve_artifact(adapter(), done, "s3://store") == Artifact(
+    assert resolve_artifact(adapter(), "job", done, "s3://store") == Artifact(
         DIGEST, "s3://store/team/job-uid-job/artifact", "sha256:f", "FineTuneJob job", rank=16
     )
 
@@ -78,7 +78,7 @@ def test_the_reason_for_waiting_is_reported(
     adapter: Callable[..., AdapterDeployment],
     job: Callable[..., FineTuneJob],
 ) -> None:
-    found = resolve_artifact(adapter(), None if status is None else job(**status), "s3://store")
+    found = resolve_artifact(adapter(), "job", None if status is None else job(**status), "s3://store")
     assert found == Unresolved(reason, message)
 
 

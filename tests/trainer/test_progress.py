@@ -97,7 +97,9 @@ def test_only_rank_0_serves_progress(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = RunOptions(Command.TRAIN, tmp_path / "job.yaml", tmp_path, "json", progress_port=port)
+    options = RunOptions(
+        command=Command.TRAIN, job=tmp_path / "job.yaml", secrets=tmp_path, format="json", progress_port=port
+    )
     termination = Termination(Progress("json", io.StringIO()), "json", None, Interruption(), Scrubber())
     for ranks, served in ((Ranks(rank=0, size=2), True), (Ranks(rank=1, size=2), False)):
         termination.ranks = ranks

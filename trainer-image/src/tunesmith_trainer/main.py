@@ -22,7 +22,7 @@ from tunesmith_trainer.command_line import parse
 from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.manifest import load_job
-from tunesmith_trainer.options import Command
+from tunesmith_trainer.options import Command, ImportOptions
 from tunesmith_trainer.process.confidential import clean_output, scrubber_of
 from tunesmith_trainer.process.interruption import Interruption
 from tunesmith_trainer.process.launch import LAUNCHED, die_with_launcher, launch
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.storage.credentials import Scrubber
-    from tunesmith.storage.folder import Folder
-    from tunesmith_trainer.options import RunOptions
+    from tunesmith.storage.folder import Folder, Retry
+    from tunesmith_trainer.options import ProcessOptions, RunOptions
     from tunesmith_trainer.stages import Attempt
+    from tunesmith_trainer.store import Stores
 
 log = logging.getLogger("tunesmith_trainer")
 
@@ -105,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
         return _run(options, argv, scrubber)
 
 
-def _run(options: RunOptions, argv: Sequence[str], scrubber: Scrubber) -> int:
+def _run(options: RunOptions | ImportOptions, argv: Sequence[str], scrubber: Scrubber) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     progress = Progress(options.format)
     termination = Termination(progress, options.format, options.termination_message, Interruption(), scrubber)
@@ -114,7 +115,10 @@ def _run(options: RunOptions, argv: Sequence[str], scrubber: Scrubber) -> int:
     try:
         # A local run uses the network of its user, unguarded.
         with contextlib.nullcontext() if options.allow_file else guarded():
-            result = _execute(options, argv, termination, scrubber)
+            if isinstance(options, ImportOptions):
+                result = _import(options, termination, scrubber)
+            else:
+                result = _execute(options, argv, termination, scrubber)
     except InterruptedRunError as error:
         result = termination.interrupted_result(error, local=options.output_folder is not None)
     except Exception as error:  # noqa: BLE001 - every error becomes a result
@@ -162,6 +166,15 @@ def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None)
     progress.update(outage=text)
 
 
+def _import(options: ImportOptions, termination: Termination, scrubber: Scrubber) -> TrainerResult:
+    """Import an adapter of another trainer."""
+    stores = _stores(options, termination, scrubber, None)
+    with _work_folder(options.work) as work:
+        from tunesmith_trainer.foreign.adapter import run  # noqa: PLC0415
+
+        return run(options, stores, work, termination.progress)
+
+
 def _execute(options: RunOptions, argv: Sequence[str], termination: Termination, scrubber: Scrubber) -> TrainerResult:
     """Run the command in this process, or in child processes if it needs several or one that can be killed."""
     if options.command is Command.VALIDATE and options.deadline_seconds and LAUNCHED not in os.environ:
@@ -201,17 +214,10 @@ def progress_served(options: RunOptions, termination: Termination) -> Iterator[N
 
 def _run_stage(options: RunOptions, job: FineTuneJob, termination: Termination, scrubber: Scrubber) -> TrainerResult:
     """Run the command's stage."""
-    # These imports take seconds: an invalid manifest is reported before them.
-    from tunesmith_trainer.store import TRAINING_RETRY, Stores  # noqa: PLC0415
+    from tunesmith_trainer.store import TRAINING_RETRY  # noqa: PLC0415
 
     long_retries = options.command is Command.TRAIN and not options.allow_file
-    stores = Stores(
-        secrets=options.secrets,
-        allow_file=options.allow_file,
-        retry=TRAINING_RETRY if long_retries else None,
-        waiting=partial(_report_outage, termination.progress, scrubber),
-    )
-    stores.check_secrets()
+    stores = _stores(options, termination, scrubber, TRAINING_RETRY if long_retries else None)
     if options.job_folder and options.cluster and termination.ranks.first:
         folder = stores.folder(options.job_folder, what="the job's folder", missing=StorageUnavailableError)
         _record_owner(job, options.cluster, folder)
@@ -221,6 +227,21 @@ def _run_stage(options: RunOptions, job: FineTuneJob, termination: Termination, 
 
         attempt = stages.Attempt(job, options, stores, work, termination)
         return stages.validate(attempt) if options.command is Command.VALIDATE else _train(attempt)
+
+
+def _stores(options: ProcessOptions, termination: Termination, scrubber: Scrubber, retry: Retry | None) -> Stores:
+    """Return the stores of a command, after a check of its Secrets."""
+    # These imports take seconds: an invalid manifest is reported before them.
+    from tunesmith_trainer.store import Stores  # noqa: PLC0415
+
+    stores = Stores(
+        secrets=options.secrets,
+        allow_file=options.allow_file,
+        retry=retry,
+        waiting=partial(_report_outage, termination.progress, scrubber),
+    )
+    stores.check_secrets()
+    return stores
 
 
 def _train(attempt: Attempt) -> TrainerResult:

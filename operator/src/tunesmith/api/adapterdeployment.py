@@ -8,16 +8,49 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.api.conditions import Condition
-from tunesmith.api.continue_from import FineTuneJobReference
+from tunesmith.api.continue_from import Digest, FineTuneJobReference
+from tunesmith.api.credentials import SecretReference
+from tunesmith.api.finetunejob_status import ArtifactStatus
 from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel
 from tunesmith.api.parity import ParityMode, RevisionParity
 from tunesmith.api.servingpool import MAX_LISTED_PODS, MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
+from tunesmith.api.uri import BaseModelUri, secret_rule, uri_rules
+from tunesmith.storage.schemes import Use, examples
+
+
+class ImportedArtifact(ApiModel):
+    """Adapter that a Job imports: an artifact of Tunesmith, or an adapter of another trainer."""
+
+    rules = (*uri_rules, secret_rule)
+
+    uri: BaseModelUri = Field(
+        description=f"Folder of the adapter: {examples(Use.BASE_MODEL)}. It is imported once, for the base model of "
+        "the pool: an artifact is copied unchanged; an adapter of PEFT or MLX LM is checked, and converted where that "
+        "is exact. Adapters in pickle files are refused."
+    )
+    digest: Digest | None = Field(
+        default=None,
+        description="SHA-256 that the tunesmith.json of an artifact must have. Absent: any. Not for an adapter of "
+        "another trainer.",
+    )
+    secret_ref: SecretReference | None = Field(
+        default=None, description="Credentials for the uri. Absent: those of the store."
+    )
 
 
 class AdapterSource(ApiModel):
-    """Source of the adapter."""
+    """Source of the adapter; exactly one field."""
 
-    fine_tune_job: FineTuneJobReference = Field(description="The artifact of a FineTuneJob.")
+    rules = (
+        Rule(
+            "has(self.fineTuneJob) != has(self.artifact)",
+            "adapterFrom must have exactly one of fineTuneJob and artifact: keep one and remove the other",
+            lambda self: (self.fine_tune_job is None) != (self.artifact is None),
+        ),
+    )
+
+    fine_tune_job: FineTuneJobReference | None = Field(default=None, description="The artifact of a FineTuneJob.")
+    artifact: ImportedArtifact | None = Field(default=None, description="An adapter from elsewhere, by its location.")
 
 
 class PoolReference(ApiModel):
@@ -76,6 +109,29 @@ class AdapterDeploymentSpec(ApiModel):
         "Required: a pod gets no requests for the adapter until they agree. Report: the result is in the status. Off: "
         "they are not compared.",
     )
+
+
+class ImportedAdapter(StatusModel):
+    """Facts about an imported adapter."""
+
+    base_model_fingerprint: str = Field(max_length=128, description="Content fingerprint of its base model.")
+    rank: int | None = Field(default=None, ge=1, description="Rank of the adapter. Absent: it has none.")
+    parity: bool = Field(
+        description="True if the answers of base and adapter were recorded, with which an engine can be checked."
+    )
+
+
+class AdapterImport(StatusModel):
+    """Import of spec.adapterFrom.artifact."""
+
+    uri: str = Field(max_length=1024, description="The uri that was imported.")
+    base_model: str = Field(max_length=1200, description="Base model that it was imported for: uri and revision.")
+    artifact: ArtifactStatus | None = Field(
+        default=None, description="The published artifact. Absent: the import has failed."
+    )
+    adapter: ImportedAdapter | None = Field(default=None, description="Facts about the published adapter.")
+    message: str | None = Field(default=None, max_length=2048, description="What was done, or why the import failed.")
+    job: str | None = Field(default=None, max_length=253, description="Name of the Job.")
 
 
 class RevisionState(StrEnum):
@@ -160,6 +216,9 @@ class AdapterDeploymentStatus(StatusModel):
     pool: PoolReference | None = Field(default=None, description="ServingPool that serves the adapter.")
     model: str | None = Field(
         default=None, max_length=320, description="Global ID of the model: <namespace>/<modelName>."
+    )
+    adapter_import: AdapterImport | None = Field(
+        default=None, description="Import of spec.adapterFrom.artifact. Absent: it has not finished, or there is none."
     )
     revisions: list[Revision] = Field(default_factory=list, max_length=8, description="Revisions, newest first.")
     desired_replicas: int | None = Field(default=None, description="Desired number of pods with the adapter.")

@@ -326,7 +326,14 @@ class AdapterDeploymentReason(Reason):
     FINE_TUNE_JOB_NOT_FOUND = _normal("FineTuneJobNotFound", "The FineTuneJob does not exist yet.")
     FINE_TUNE_JOB_RUNNING = _normal("FineTuneJobRunning", "The FineTuneJob is not complete yet.")
     FINE_TUNE_JOB_FAILED = _warning("FineTuneJobFailed", "The FineTuneJob failed: refer to another one.")
-    NOT_SERVABLE = _warning("NotServable", "The engine cannot load the FineTuneJob's adapter.")
+    NOT_SERVABLE = _warning("NotServable", "The engine cannot load the adapter.")
+    IMPORTING = _normal("Importing", "A Job imports the adapter. The message states its progress.")
+    IMPORT_FAILED = _warning("ImportFailed", "The adapter could not be imported. The message contains the cause.")
+    IMPORT_REFUSED = _warning(
+        "ImportRefused",
+        "The API server rejects the Job that imports the adapter. The message is the API server's. It is retried.",
+    )
+    NOT_ALLOWED = _warning("NotAllowed", "The adapter's uri is in the store, in the folder of another namespace.")
     POOL_NOT_FOUND = _warning("PoolNotFound", "The ServingPool in spec.pool does not exist.")
     POOL_NOT_ALLOWED = _warning("PoolNotAllowed", "The ServingPool does not allow adapters of this namespace.")
     POOL_NOT_NAMED = _warning("PoolNotNamed", "Only pools in other namespaces have the base model: set spec.pool.")

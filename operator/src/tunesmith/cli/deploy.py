@@ -84,7 +84,9 @@ async def _deploy(
         if checked_pool is not None:
             await _check_pool(cluster, chosen, changes["pool"])
         if await cluster.find(Kind.ADAPTER.resource, name, chosen) is not None:
-            return await cluster.patch(Kind.ADAPTER.resource, name, chosen, {"spec": changes}), False
+            source = {**changes["adapterFrom"], "artifact": None}
+            change = {"spec": {**changes, "adapterFrom": source}}
+            return await cluster.patch(Kind.ADAPTER.resource, name, chosen, change), False
         spec = changes
         if "pool" in changes:
             spec = changes | {"pool": {key: value for key, value in changes["pool"].items() if value is not None}}

@@ -119,10 +119,11 @@ def _pods(count: int) -> str:
 
 
 def _adapter(adapter: AdapterDeployment) -> list[tuple[str, str]]:
-    status = adapter.status
+    status, source = adapter.status, adapter.spec.adapter_from
     found = [
         ("model", status.model or adapter.model),
-        ("job", adapter.spec.adapter_from.fine_tune_job.name),
+        *([("job", source.fine_tune_job.name)] if source.fine_tune_job is not None else []),
+        *([("imported from", source.artifact.uri)] if source.artifact is not None else []),
         ("pool", adapter_pool(adapter) or "not chosen yet"),
         ("pods", pods(adapter)),
     ]

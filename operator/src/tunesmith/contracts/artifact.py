@@ -66,7 +66,16 @@ class Ancestor(StatusModel):
 
     uri: str
     digest: str
-    dataset_digest: str
+    dataset_digest: str | None = None
+
+
+class ImportedFrom(StatusModel):
+    """Adapter of another trainer that an artifact was made from."""
+
+    uri: str
+    layout: str = Field(description="Layout of its files, such as PEFT.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of its weights.")
+    changes: list[str] = Field(default_factory=list, description="What was converted, as sentences.")
 
 
 class ArtifactManifest(StatusModel):
@@ -76,7 +85,9 @@ class ArtifactManifest(StatusModel):
     files: dict[str, ArtifactFile]
     base: ArtifactBase
     adapter: ArtifactAdapter
-    dataset_digest: str
+    dataset_digest: str | None = Field(
+        default=None, description="SHA-256 over the training and held-out rows. Absent: another trainer had them."
+    )
     spec_digest: str | None = Field(
         default=None, description="SHA-256 of the fields of the job's spec that determine the result."
     )
@@ -88,6 +99,9 @@ class ArtifactManifest(StatusModel):
         default=None,
         pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 of `merged.json` in the folder `merged` beside the artifact. Absent: nothing was merged.",
+    )
+    imported_from: ImportedFrom | None = Field(
+        default=None, description="Adapter of another trainer. Absent: Tunesmith trained it."
     )
     hyperparameters: dict[str, Any]
     versions: dict[str, str]

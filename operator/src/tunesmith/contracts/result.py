@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_core import to_json
 
+from tunesmith.api.adapterdeployment import ImportedAdapter
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import ArtifactStatus, Count, EvaluationStatus, Preflight, Resolved
 from tunesmith.api.model import StatusModel
@@ -68,6 +69,8 @@ class TrainerResult(StatusModel):
     preflight: Preflight | None = None
     resolved: Resolved | None = None
     artifact: ArtifactStatus | None = None
+    imported: ImportedAdapter | None = None
+    """Facts about the adapter that `import` has published."""
     evaluation: EvaluationStatus | None = None
     metrics: Annotated[dict[str, float], BeforeValidator(_finite)] = Field(default_factory=dict)
     exports: list[ExportResult] | None = None
@@ -186,6 +189,7 @@ class _Field:
 _ALWAYS = frozenset({"outcome", "reason", "retryable", "lostPeer", "resumedFromStep"})
 _FIELDS = (
     _Field("artifact", short=_short_texts),
+    _Field("imported"),
     _Field("exports", short=_short_texts),
     _Field("preflight", full=_without("examples", "sources"), short=_short_preflight),
     _Field("resolved", short=_without("targetModules")),

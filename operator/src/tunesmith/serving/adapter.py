@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterImport
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import ModelNameClaim
     from tunesmith.serving.pod import PoolPod
@@ -48,7 +48,8 @@ class AdapterObservation:
 
     `lost_to`: older claim that holds the model name, None if this adapter holds it. `pods`: pods of the chosen pool, or
     of the one that keeps serving. `unplaced`: reason why there is no room for copies, by engine name. `decision`:
-    number of desired copies. `unknown_demand`: reason why the demand is not completely known, None if it is.
+    number of desired copies. `imported`: record of the import of its source. `unknown_demand`: reason why the demand is
+    not completely known, None if it is.
     """
 
     artifact: Artifact | Unresolved
@@ -59,6 +60,7 @@ class AdapterObservation:
     decision: Decision
     url: str
     unknown_demand: str | None = None
+    imported: AdapterImport | None = None
 
 
 def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datetime) -> AdapterDeploymentStatus:
@@ -93,6 +95,7 @@ def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datet
         observed_generation=adapter.metadata.generation,
         pool=_pool(adapter, observation) if observation.lost_to is None else None,
         model=adapter.model if observation.lost_to is None else None,
+        adapter_import=observation.imported,
         revisions=builder.revisions,
         desired_replicas=observation.decision.replicas,
         desired_reason=old.desired_reason

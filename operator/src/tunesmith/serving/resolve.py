@@ -63,15 +63,18 @@ class Artifact:
     refusal: str | None = None
 
 
-def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store: str) -> Artifact | Unresolved:
-    """Return the artifact of the adapter's source, or the reason why there is none yet.
+def resolve_artifact(
+    adapter: AdapterDeployment, name: str, job: FineTuneJob | None, store: str
+) -> Artifact | Unresolved:
+    """Return the artifact of a FineTuneJob, or the reason why there is none yet.
 
     Args:
-        adapter: the AdapterDeployment.
-        job: the FineTuneJob that it names; None if it does not exist.
+        adapter: the AdapterDeployment that names it.
+        name: name of the FineTuneJob.
+        job: the FineTuneJob; None if it does not exist.
         store: the installation's store. The location is computed, never taken from a pod's report.
     """
-    name, namespace = adapter.spec.adapter_from.fine_tune_job.name, adapter.metadata.namespace
+    namespace = adapter.metadata.namespace
     problem = unfinished(
         job,
         name,
@@ -247,7 +250,7 @@ def choose_pool(
         rank: rank of the adapter; None if unknown.
     """
     if adapter.spec.pool is not None:
-        return _if_rank_accepted(_named(adapter, adapter.spec.pool, fingerprint, pools), rank)
+        return _if_rank_accepted(named_pool(adapter, adapter.spec.pool, fingerprint, pools), rank)
     namespace = adapter.metadata.namespace
     matching = [
         pool for pool in pools.own if fingerprint is not None and pool.status.base_model_fingerprint == fingerprint
@@ -267,21 +270,22 @@ def choose_pool(
         return matching[0]
     if matching:
         return Unresolved(
-            Reason.SEVERAL_POOLS, f"{_names(matching)} serve the base of this adapter: name one of them in spec.pool"
+            Reason.SEVERAL_POOLS,
+            f"{pool_names(matching)} serve the base of this adapter: name one of them in spec.pool",
         )
     unreported = [pool for pool in pools.own if pool.status.base_model_fingerprint is None]
     if unreported:
         return Unresolved(
             Reason.POOL_NOT_REPORTED,
-            f"waits for {_names(unreported)} to report the fingerprint of the base; set spec.pool to choose a "
+            f"waits for {pool_names(unreported)} to report the fingerprint of the base; set spec.pool to choose a "
             "pool without waiting",
         )
     if pools.foreign:
         return Unresolved(
             Reason.POOL_NOT_NAMED,
             f"no ServingPool of namespace {namespace} or shared by the platform serves the base of this adapter; "
-            f"{_names(pools.foreign)} would accept it if named in spec.pool: its owners can read the adapter and the "
-            "requests",
+            f"{pool_names(pools.foreign)} would accept it if named in spec.pool: its owners can read the adapter and "
+            "the requests",
         )
     return Unresolved(
         Reason.NO_MATCHING_POOL,
@@ -317,9 +321,10 @@ def short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
 
 
-def _named(
+def named_pool(
     adapter: AdapterDeployment, wanted: PoolReference, fingerprint: str | None, pools: Candidates
 ) -> ServingPool | Unresolved:
+    """Return the pool in `spec.pool`, or the reason why it cannot serve the adapter."""
     pool, namespace = pools.named, wanted.namespace or adapter.metadata.namespace
     if pool is None:
         return Unresolved(
@@ -350,10 +355,11 @@ def _usable(adapter: AdapterDeployment, pools: Candidates) -> str:
     namespace, others = adapter.metadata.namespace, [*pools.own, *pools.foreign]
     if not others:
         return f"no ServingPool allows namespace {namespace} to attach this adapter"
-    return f"namespace {namespace} may attach to {_names(others)}"
+    return f"namespace {namespace} may attach to {pool_names(others)}"
 
 
-def _names(pools: Sequence[ServingPool]) -> str:
+def pool_names(pools: Sequence[ServingPool]) -> str:
+    """Return the pools' names for a sentence, such as `ServingPools a/b and a/c`."""
     names = sorted(f"{pool.metadata.namespace}/{pool.metadata.name}" for pool in pools)
     if len(names) > _MAX_NAMES:
         names = [*names[:_MAX_NAMES], f"{len(names) - _MAX_NAMES} more"]

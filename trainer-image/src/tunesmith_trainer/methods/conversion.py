@@ -66,7 +66,7 @@ def save(model: PeftModel, folder: Path) -> None:
     if initial is None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
-        state = _difference_from_initial(get_peft_model_state_dict(model, save_embedding_layers=False), initial)
+        state = difference_from_initial(get_peft_model_state_dict(model, save_embedding_layers=False), initial)
         save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         model.peft_config[model.active_adapter].save_pretrained(str(folder))
     path = folder / ADAPTER_CONFIG
@@ -134,7 +134,7 @@ def _literal(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any
     return changed
 
 
-def _difference_from_initial(
+def difference_from_initial(
     state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return the matrices of the trained adapter minus the initial one."""

@@ -6,17 +6,24 @@ The adapters that pods hold follow from the status.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision, decide_copies
+from tunesmith.cluster.errors import AlreadyExistsError
 from tunesmith.contracts.claims import older_claim
+from tunesmith.contracts.ownership import controller_of
+from tunesmith.controller.executor import Executor, name_taken
 from tunesmith.controller.namespaces import KIND as NAMESPACE
-from tunesmith.controller.reconciler import Key, Result, Watch, key_of
+from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, owner_keys
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.serving.adapter import AdapterObservation, is_base, plan
 from tunesmith.serving.resolve import Artifact, choose, resolve_artifact
+from tunesmith.jobs.observe import view
+from tunesmith.serving.imports import ADAPTER_LABEL, import_job, is_import_of, plan_import
 from tunesmith.serving.scale_events import scale_events
 
 if TYPE_CHECKING:
@@ -26,6 +33,8 @@ if TYPE_CHECKING:
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.serving.state import ServingState
     from tunesmith.serving.pod import PoolPod
+    from tunesmith.serving.imports import ImportPlan
+    from tunesmith.serving.resolve import Unresolved
 
 KIND = "AdapterDeployment"
 _TICK_SECONDS = 1.0
@@ -43,14 +52,17 @@ class AdapterDeploymentReconciler:
         self._state = state
         self._context = state.context
         self._adapters = self._context.caches[KIND]
+        self._executor = Executor(self._context)
         self._uids: dict[Key, str] = {}
         self._pools: dict[Key, tuple[object, ...]] = {}
         self._claims: dict[str, tuple[str, bool]] = {}
 
     @property
     def watches(self) -> Sequence[Watch]:
-        """Sources, pools, and other AdapterDeployments that claim the same name."""
+        """Sources, Jobs of imports, pools, and other AdapterDeployments that claim the same name."""
         return (
+            Watch("Job", owner_keys(KIND), MANAGED),
+            Watch("Pod", self._keys_of_pod, MANAGED),
             Watch("FineTuneJob", self._keys_of_job),
             Watch("ServingPool", self._keys_of_pool),
             Watch(KIND, self._keys_of_rivals),
@@ -63,6 +75,7 @@ class AdapterDeploymentReconciler:
         if manifest is None or manifest["metadata"].get("deletionTimestamp"):
             uid = self._uids.pop(key, None)
             if uid is not None:
+                self._executor.forget(uid)
                 self._state.forget_adapter(uid)
             return Result()
         adapter = self._state.adapters.get(key.namespace, key.name)
@@ -70,8 +83,8 @@ class AdapterDeploymentReconciler:
             await self._state.statuses.write_unreadable(manifest, self._state.adapters.error(manifest))
             return Result()
         self._uids[key] = adapter.metadata.uid
-        job = self._state.jobs.get(key.namespace, adapter.spec.adapter_from.fine_tune_job.name)
-        artifact = resolve_artifact(adapter, job, self._context.settings.store)
+        imported = await self._import(adapter)
+        artifact = imported.artifact if imported is not None else self._trained(adapter)
         fingerprint = artifact.fingerprint if isinstance(artifact, Artifact) else None
         pool = choose(adapter, artifact, self._state.candidates(adapter, fingerprint))
         serving = pool if isinstance(pool, ServingPool) else self._still_serving(adapter)
@@ -88,6 +101,7 @@ class AdapterDeploymentReconciler:
             decision=_on_all(pods) if is_base(adapter, artifact, serving) else self._copies(adapter),
             unknown_demand=self._state.demand.unknown_reason(time.monotonic()),
             url=_client_url(self._context.settings.gateway_url),
+            imported=imported.record if imported is not None else None,
         )
         status = plan(adapter, observation, self._context.now())
         old = adapter.status.pool
@@ -100,11 +114,60 @@ class AdapterDeploymentReconciler:
         if observation.lost_to is not None:
             # A change of the owner's claim makes the key due; this covers missed changes.
             return Result(_NAME_TAKEN_SECONDS)
+        later = imported.requeue_after.total_seconds() if imported is not None and imported.requeue_after else None
         if adapter.spec.autoscaling is None:
-            return Result()
+            return Result(later)
         idle = observation.decision.replicas == adapter.spec.autoscaling.min_replicas == adapter.status.desired_replicas
         # The first request to a model makes the key due immediately.
         return Result(_IDLE_TICK_SECONDS if idle else _TICK_SECONDS)
+
+    def _trained(self, adapter: AdapterDeployment) -> Artifact | Unresolved:
+        source = adapter.spec.adapter_from.fine_tune_job
+        assert source is not None  # noqa: S101 - a rule of the spec: an adapter without it is imported
+        job = self._state.jobs.get(adapter.metadata.namespace, source.name)
+        return resolve_artifact(adapter, source.name, job, self._context.settings.store)
+
+    async def _import(self, adapter: AdapterDeployment) -> ImportPlan | None:
+        """Import the adapter if its source is not a FineTuneJob; return the plan, None if nothing is imported."""
+        source, uid = adapter.spec.adapter_from.artifact, adapter.metadata.uid
+        found = {job["metadata"]["name"]: job for job in self._context.caches["Job"].owned(uid)}
+        jobs = {name: job for name, job in found.items() if is_import_of(adapter, job)}
+        if source is None:
+            for job in jobs.values():
+                await self._executor.delete(uid, job, "Background")
+            return None
+        views = {
+            name: view(job, self._context.caches["Pod"].owned(job["metadata"]["uid"])) for name, job in jobs.items()
+        }
+        settings = self._context.settings
+        decide = partial(
+            plan_import,
+            adapter,
+            source,
+            self._state.candidates(adapter, None),
+            views,
+            self._context.now(),
+            settings.store,
+        )
+        decision = decide()
+        for name in decision.delete:
+            await self._executor.delete(uid, jobs[name], "Background")
+        if decision.create is None:
+            return decision
+        rendered = import_job(adapter, source, decision.create, settings)
+        try:
+            refusal = await self._executor.create(uid, rendered)
+        except AlreadyExistsError:
+            name = rendered["metadata"]["name"]
+            existing = await self._context.cluster.find("Job", name, adapter.metadata.namespace)
+            if existing is None:
+                return replace(decision, requeue_after=timedelta(seconds=_TICK_SECONDS))
+            if is_import_of(adapter, existing):
+                self._context.caches["Job"].put(existing)
+                return replace(decision, requeue_after=timedelta(seconds=_TICK_SECONDS))
+            message = f"Job {name} exists and does not belong to this AdapterDeployment: delete it"
+            refusal = name_taken("create", rendered, message)
+        return decision if refusal is None else decide(refusal)
 
     async def run(self) -> None:
         """Read the gateways' demand."""
@@ -124,6 +187,15 @@ class AdapterDeploymentReconciler:
         pool = None if old is None else self._state.pools.get(old.namespace or adapter.metadata.namespace, old.name)
         labels = self._context.namespaces.labels(adapter.metadata.namespace)
         return pool if pool is not None and pool.admits(adapter.metadata.namespace, labels) else None
+
+    def _keys_of_pod(self, pod: Object) -> Iterable[Key]:
+        """Return the adapter that a pod imports."""
+        owner = controller_of(pod, "Job")
+        if owner is None or ADAPTER_LABEL not in (pod["metadata"].get("labels") or {}):
+            return
+        job = self._context.caches["Job"].get(pod["metadata"]["namespace"], owner["name"])
+        if job is not None:
+            yield from owner_keys(KIND)(job)
 
     def _keys_of_job(self, job: Object) -> Iterable[Key]:
         metadata = job["metadata"]

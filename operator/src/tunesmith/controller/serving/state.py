@@ -256,7 +256,9 @@ def _waiting(adapter: Object) -> Iterable[str]:
 
 
 def _source(adapter: Object) -> Iterable[str]:
-    yield f"{adapter['metadata']['namespace']}/{adapter['spec']['adapterFrom']['fineTuneJob']['name']}"
+    job = adapter["spec"]["adapterFrom"].get("fineTuneJob")
+    if job:
+        yield f"{adapter['metadata']['namespace']}/{job['name']}"
 
 
 def _open_base(pool: Object) -> Iterable[str]:
