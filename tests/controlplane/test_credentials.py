@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.controlplane.manifests import job, pool
+from tests.controlplane.manifests import adapter, job, pool
 from tests.controlplane.operatorprocess import until
 from tests.controlplane.rights import grant
 from tunesmith.api.credentials import CREDENTIALS_LABEL
@@ -35,6 +35,7 @@ NAMED = {
         },
     ),
     "export": job("", output={"exports": [{"uri": "s3://copies/a"}, {"hub": "org/a", **REF}]}),
+    "adapter from elsewhere": adapter("", adapterFrom={"artifact": {"uri": "hf://org/adapter", **REF}}),
     "base model of a pool": pool("", baseModel={"uri": "hf://org/base", **REF}),
 }
 

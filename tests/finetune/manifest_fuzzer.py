@@ -34,7 +34,7 @@ from tunesmith.jobs.settings import JobSettings
 from tunesmith.serving import adapter as adapters
 from tunesmith.serving import pool as pools
 from tunesmith.serving import render as pool_render
-from tunesmith.serving.imports import import_job, plan_import
+from tunesmith.serving.imports import ImportBase, import_job, plan_import
 from tunesmith.serving.resolve import candidates, choose_pool, resolve_artifact
 from tunesmith.serving.settings import PoolSettings
 
@@ -335,7 +335,7 @@ def _adapterdeployment(manifest: Object, _: random.Random) -> str:
     for of in (None, job):
         if source.artifact is not None:
             artifact = plan_import(adapter, source.artifact, found, {}, NOW, STORE).artifact
-            _writable(import_job(adapter, source.artifact, pool.spec.base_model, INSTALLATION.settings))
+            _writable(import_job(adapter, source.artifact, ImportBase("s3://models/base"), INSTALLATION.settings))
         else:
             assert source.fine_tune_job is not None
             artifact = resolve_artifact(adapter, source.fine_tune_job.name, of, STORE)

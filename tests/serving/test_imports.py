@@ -14,11 +14,12 @@ import yaml
 from tunesmith.api.adapterdeployment import ImportedAdapter
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import ArtifactStatus, ServableStatus
+from tunesmith.api.pool_base_model import BaseModelArtifact
 from tunesmith.contracts.refusal import Refusal, RefusalCause
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith.jobs.observe import JobView, PodView
 from tunesmith.jobs.settings import JobSettings
-from tunesmith.serving.imports import ImportPlan, import_job, is_import_of, job_name, plan_import
+from tunesmith.serving.imports import ImportBase, ImportPlan, base_of, import_job, is_import_of, job_name, plan_import
 from tunesmith.serving.resolve import Artifact, Candidates, Unresolved
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ def decide(
 
 def named(adapter: AdapterDeployment, pool: ServingPool) -> str:
     assert adapter.spec.adapter_from.artifact is not None
-    return job_name(adapter, adapter.spec.adapter_from.artifact, pool.spec.base_model)
+    base = base_of(pool)
+    assert base is not None
+    return job_name(adapter, adapter.spec.adapter_from.artifact, base)
 
 
 def finished(name: str, result: TrainerResult | None, *, code: int = 0) -> JobView:
@@ -79,7 +82,9 @@ def test_the_job_is_rendered_as_the_golden_file(adapter: Callable[..., Any], poo
     wanted = elsewhere(adapter, "pvc://adapters/doors", digest=DIGEST)
     base = pool(baseModel={"uri": "hf://org/base", "revision": "main", "secretRef": {"name": "hub"}})
     assert wanted.spec.adapter_from.artifact is not None
-    rendered = import_job(wanted, wanted.spec.adapter_from.artifact, base.spec.base_model, SETTINGS)
+    base_model = ImportBase("hf://org/base", "main", "hub")
+    assert base_of(base) == base_model
+    rendered = import_job(wanted, wanted.spec.adapter_from.artifact, base_model, SETTINGS)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(yaml.safe_dump(rendered, sort_keys=False))
     assert rendered == yaml.safe_load(GOLDEN.read_text()), "UPDATE_GOLDEN=1 writes it again"
@@ -91,7 +96,7 @@ def test_a_job_is_created_for_the_base_model_of_the_only_pool(
     adapter: Callable[..., Any], pool: Callable[..., Any]
 ) -> None:
     found = decide(elsewhere(adapter), pool())
-    assert (reason(found), found.create, found.delete) == ("Importing", pool().spec.base_model, ())
+    assert (reason(found), found.create, found.delete) == ("Importing", base_of(pool()), ())
 
 
 def test_names_differ_by_adapter_uri_secret_and_base_model(
@@ -156,7 +161,7 @@ def test_a_recorded_import_lasts_without_its_job_and_its_pool(
     spec = done.spec.model_copy(update={"pool": adapter(pool={"name": "other"}).spec.pool})
     elsewhere_served = done.model_copy(update={"spec": spec})
     found = decide(elsewhere_served, candidates=Candidates(named=other, admitted=True))
-    assert found.create == other.spec.base_model
+    assert found.create == base_of(other)
 
 
 def test_an_adapter_that_the_engine_cannot_load_is_not_servable(
@@ -218,6 +223,15 @@ def test_a_refused_job_is_a_state(adapter: Callable[..., Any], pool: Callable[..
     assert reason(found) == "ImportRefused"
     assert "quota exceeded" in message(found)
     assert found.requeue_after is not None
+
+
+def test_a_pool_of_a_trained_model_is_waited_for(adapter: Callable[..., Any], pool: Callable[..., Any]) -> None:
+    trained = pool(baseModel={"from": {"fineTuneJob": {"name": "whole"}}})
+    assert reason(decide(elsewhere(adapter), trained)) == "PoolNotReported"
+    published = BaseModelArtifact(digest=DIGEST, uri=f"{STORE}/team/whole-1/merged")
+    status = trained.status.model_copy(update={"base_model_artifact": published})
+    found = decide(elsewhere(adapter), trained.model_copy(update={"status": status}))
+    assert found.create == ImportBase(published.uri)
 
 
 @pytest.mark.parametrize(

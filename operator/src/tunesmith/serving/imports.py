@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
-    from tunesmith.api.pool_base_model import PoolBaseModel
     from tunesmith.api.servingpool import ServingPool
     from tunesmith.contracts.refusal import Refusal
     from tunesmith.jobs.observe import JobView
@@ -63,6 +62,34 @@ _MAX_MESSAGE = 2000
 
 
 @dataclass(frozen=True)
+class ImportBase:
+    """Base model that an adapter is imported for.
+
+    Attributes:
+        uri: its folder.
+        revision: its revision on the Hugging Face Hub; None: the newest.
+        secret: name of the Secret for the uri; None: the store's credentials.
+    """
+
+    uri: str
+    revision: str | None = None
+    secret: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """The uri with the revision."""
+        return f"{self.uri}@{self.revision}" if self.revision else self.uri
+
+
+def base_of(pool: ServingPool) -> ImportBase | None:
+    """Return the base model of a pool; None if its FineTuneJob has not published it yet."""
+    base, published = pool.spec.base_model, pool.status.base_model_artifact
+    if base.uri is not None:
+        return ImportBase(base.uri, base.revision, base.secret_ref.name if base.secret_ref is not None else None)
+    return ImportBase(published.uri) if published is not None else None
+
+
+@dataclass(frozen=True)
 class ImportPlan:
     """Result of a decision.
 
@@ -76,7 +103,7 @@ class ImportPlan:
 
     artifact: Artifact | Unresolved
     record: AdapterImport | None = None
-    create: PoolBaseModel | None = None
+    create: ImportBase | None = None
     delete: tuple[str, ...] = ()
     requeue_after: timedelta | None = None
 
@@ -103,13 +130,16 @@ def plan_import(
     """
     record = adapter.status.adapter_import
     pool = _pool(adapter, pools)
-    base = pool.spec.base_model if not isinstance(pool, Unresolved) else None
+    base = base_of(pool) if not isinstance(pool, Unresolved) else None
     if record is not None and record.artifact is not None and _is_current(record, adapter, source, base):
         return ImportPlan(_artifact(record, source), record)
     if isinstance(pool, Unresolved):
         return ImportPlan(pool, None, delete=tuple(jobs))
-    assert base is not None  # noqa: S101 - the pool has one
-    forbidden = _forbidden(adapter, source, pool, store)
+    if base is None:
+        name = f"{pool.metadata.namespace}/{pool.metadata.name}"
+        waiting = Unresolved(Reason.POOL_NOT_REPORTED, f"waits for ServingPool {name} to have its base model")
+        return ImportPlan(waiting, None, delete=tuple(jobs))
+    forbidden = _forbidden(adapter, source, pool, base, store)
     if forbidden is not None:
         return ImportPlan(forbidden, None, delete=tuple(jobs))
     name = job_name(adapter, source, base)
@@ -150,10 +180,10 @@ def _pool(adapter: AdapterDeployment, pools: Candidates) -> ServingPool | Unreso
 
 
 def _forbidden(
-    adapter: AdapterDeployment, source: ImportedArtifact, pool: ServingPool, store: str
+    adapter: AdapterDeployment, source: ImportedArtifact, pool: ServingPool, base: ImportBase, store: str
 ) -> Unresolved | None:
     """Return why the adapter cannot be imported for the pool's base model; None if it can."""
-    namespace, base = adapter.metadata.namespace, pool.spec.base_model
+    namespace = adapter.metadata.namespace
     if reads_foreign_store(store, namespace, source.uri):
         return Unresolved(
             Reason.NOT_ALLOWED,
@@ -171,7 +201,7 @@ def _forbidden(
 
 
 def _is_current(
-    record: AdapterImport, adapter: AdapterDeployment, source: ImportedArtifact, base: PoolBaseModel | None
+    record: AdapterImport, adapter: AdapterDeployment, source: ImportedArtifact, base: ImportBase | None
 ) -> bool:
     """Return True if the recorded result is that of the spec.
 
@@ -179,11 +209,7 @@ def _is_current(
     """
     assert record.artifact is not None  # noqa: S101 - the caller checked it
     same = record.uri == source.uri and source.digest in (None, record.artifact.digest)
-    return same and (adapter.spec.pool is None or base is None or record.base_model == _described(base))
-
-
-def _described(base: PoolBaseModel) -> str:
-    return f"{base.uri}@{base.revision}" if base.revision else base.uri
+    return same and (adapter.spec.pool is None or base is None or record.base_model == base.origin)
 
 
 def _artifact(record: AdapterImport, source: ImportedArtifact) -> Artifact | Unresolved:
@@ -205,7 +231,7 @@ def _artifact(record: AdapterImport, source: ImportedArtifact) -> Artifact | Unr
 
 def _finished(
     source: ImportedArtifact,
-    base: PoolBaseModel,
+    base: ImportBase,
     job: JobView,
     stale: tuple[str, ...],
     now: datetime,
@@ -243,23 +269,23 @@ def _finished(
     return ImportPlan(again, record, delete=stale, requeue_after=left)
 
 
-def _record(source: ImportedArtifact, base: PoolBaseModel, job: JobView, message: str) -> AdapterImport:
-    return AdapterImport(uri=source.uri, base_model=_described(base), job=job.name, message=one_line(message, 2048))
+def _record(source: ImportedArtifact, base: ImportBase, job: JobView, message: str) -> AdapterImport:
+    return AdapterImport(uri=source.uri, base_model=base.origin, job=job.name, message=one_line(message, 2048))
 
 
-def job_name(adapter: AdapterDeployment, source: ImportedArtifact, base: PoolBaseModel) -> str:
+def job_name(adapter: AdapterDeployment, source: ImportedArtifact, base: ImportBase) -> str:
     """Return the name of the Job that imports this uri for this base model."""
     name = adapter.metadata.name[:_MAX_NAME].rstrip("-.")
     return owned_name(name, adapter.metadata.uid, f"{IMPORT}-{_key(source, base)}")
 
 
-def _key(source: ImportedArtifact, base: PoolBaseModel) -> str:
+def _key(source: ImportedArtifact, base: ImportBase) -> str:
     """Return eight hex digits of everything that an import depends on."""
-    document = [source.manifest(), base.manifest()]
+    document = [source.manifest(), base.uri, base.revision, base.secret]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def location(adapter: AdapterDeployment, source: ImportedArtifact, base: PoolBaseModel, store: str) -> str:
+def location(adapter: AdapterDeployment, source: ImportedArtifact, base: ImportBase, store: str) -> str:
     """Return the folder of the imported artifact in the store."""
     metadata = adapter.metadata
     folder = job_folder(store, metadata.namespace, metadata.name, metadata.uid)
@@ -277,9 +303,7 @@ def is_import_of(adapter: AdapterDeployment, job: Object) -> bool:
     )
 
 
-def import_job(
-    adapter: AdapterDeployment, source: ImportedArtifact, base: PoolBaseModel, settings: JobSettings
-) -> Object:
+def import_job(adapter: AdapterDeployment, source: ImportedArtifact, base: ImportBase, settings: JobSettings) -> Object:
     """Return the Job that imports an adapter on a CPU."""
     metadata = adapter.metadata
     output = location(adapter, source, base, settings.store)
@@ -287,10 +311,11 @@ def import_job(
     arguments += ["--digest", source.digest] if source.digest is not None else []
     arguments += ["--base-revision", base.revision] if base.revision is not None else []
     secrets = []
-    for option, reference in (("--secret", source.secret_ref), ("--base-secret", base.secret_ref)):
-        if reference is not None:
-            arguments += [option, reference.name]
-            secrets.append(reference.name)
+    own = source.secret_ref.name if source.secret_ref is not None else None
+    for option, secret in (("--secret", own), ("--base-secret", base.secret)):
+        if secret is not None:
+            arguments += [option, secret]
+            secrets.append(secret)
     claims = [claim[0] for claim in (volume_claim(source.uri), volume_claim(base.uri)) if claim is not None]
     labels = {
         "app.kubernetes.io/managed-by": "tunesmith",

@@ -22,7 +22,7 @@ from tunesmith.contracts.artifact import (
 )
 from tunesmith.contracts.foreign_adapter import ForeignAdapterError
 from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST
-from tunesmith.contracts.parity import PARITY_FILE
+from tunesmith.contracts.parity import PARITY_FILE, gap_of
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.contracts.servability import ADAPTER_WEIGHTS
@@ -162,7 +162,7 @@ def _converted(
     for file in model.tokenizer_files(base.folder):
         shutil.copyfile(file, folder / file.name)
     progress.update(stage=Stage.PACKAGING)
-    progress.write_line(_record_parity(folder, base))
+    gap = _record_parity(folder, base, progress)
     (folder / "README.md").write_text(_card(options, converted, base), encoding="utf-8")
     return ArtifactManifest(
         files={
@@ -175,6 +175,7 @@ def _converted(
             rank=converted.config["r"],
             alpha=converted.config["lora_alpha"],
             target_modules=sorted(converted.config["target_modules"]),
+            parity_gap=gap,
         ),
         imported_from=ImportedFrom(
             uri=options.adapter, layout=converted.layout, sha256=converted.sha256, changes=converted.changes
@@ -185,22 +186,21 @@ def _converted(
     )
 
 
-def _record_parity(folder: Path, base: Base) -> str:
-    """Record the answers of base and adapter if the base's weights fit into memory; return a sentence about it."""
+def _record_parity(folder: Path, base: Base, progress: Progress) -> float | None:
+    """Record the answers of base and adapter; return their gap in nats, or None if the base does not fit into memory."""
     sizes = [base.remote.size(name) for name in base.remote.names() if name.endswith(".safetensors")]
     needed, available = sum(sizes), int(_MEMORY_SHARE * available_memory())
     if needed > available:
-        return f"  expected answers were not recorded: the base has {needed} bytes, and {available} fit into memory"
+        progress.write_line(f"  no answers recorded: the base has {needed} bytes, and {available} fit into memory")
+        return None
     weights = model.fetch_base(base.remote, base.folder, weights=True)
     tokenizer = model.load_tokenizer(weights, base.source.uri)
     ends = model.end_tokens(weights, tokenizer, base.source.uri)
-    recorded, _ = parity.record(
-        weights, folder, base.config, tokenizer, ends=ends, pad=model.pad_token(tokenizer, ends)
-    )
+    recorded = parity.record(weights, folder, base.config, tokenizer, ends=ends, pad=model.pad_token(tokenizer, ends))
     (folder / PARITY_FILE).write_text(
-        json.dumps(recorded.manifest(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        json.dumps(recorded.parity.manifest(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    return "  recorded the answers of base and adapter"
+    return round(gap_of([recorded.parity]), 4)
 
 
 def _card(options: ImportOptions, converted: Converted, base: Base) -> str:

@@ -87,7 +87,7 @@ def open_base(options: ImportOptions, stores: Stores, work: Path) -> Base:
 def parameters(base: Base, names: Iterable[str]) -> dict[str, torch.Tensor | None]:
     """Return the base's parameters of these names; None for one that it does not have."""
     folder = model.fetch_base(base.remote, base.folder, weights=True)
-    where = {}
+    where: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         where |= dict.fromkeys(read_tensors(file), file)
     found: dict[str, torch.Tensor | None] = {}
