@@ -187,7 +187,7 @@ def _converted(
 
 
 def _record_parity(folder: Path, base: Base, progress: Progress) -> float | None:
-    """Record the answers of base and adapter; return their gap in nats, or None if the base does not fit into memory."""
+    """Record the answers of base and adapter; return their gap in nats; None if the base does not fit in memory."""
     sizes = [base.remote.size(name) for name in base.remote.names() if name.endswith(".safetensors")]
     needed, available = sum(sizes), int(_MEMORY_SHARE * available_memory())
     if needed > available:
