@@ -157,7 +157,7 @@ def test_a_whole_model_is_served_by_the_pool_whose_base_it_is(
     trained_pool: Build, pool: Build, adapter: Build, complete: Build
 ) -> None:
     plain, whole = pool("other"), trained_pool()
-    published = resolve_artifact(adapter(), complete(), "s3://store")
+    published = resolve_artifact(adapter(), "job", complete(), "s3://store")
     assert isinstance(published, Artifact)
     assert choose(adapter(), published, Candidates(own=[plain, whole])) is whole
     named = adapter(pool={"name": "base"})
@@ -180,7 +180,7 @@ def test_a_whole_model_is_served_by_the_pool_whose_base_it_is(
 def test_an_adapter_that_was_merged_too_is_loaded_unless_its_model_is_the_base(
     trained_pool: Build, pool: Build, adapter: Build, complete: Build
 ) -> None:
-    published = resolve_artifact(adapter(), complete(), "s3://store")
+    published = resolve_artifact(adapter(), "job", complete(), "s3://store")
     assert isinstance(published, Artifact)
     loadable = replace(published, refusal=None, fingerprint="sha256:f")
     plain = pool("other")
@@ -197,7 +197,7 @@ def deployed(adapter: Build, trained_pool: Build, complete: Build, start: dateti
         status = {"revisions": list(before), "pool": {"name": "base", "namespace": "team"}}
         made: AdapterDeployment = adapter(status=status)
         observation = AdapterObservation(
-            artifact=resolve_artifact(made, complete(), "s3://store"),
+            artifact=resolve_artifact(made, "job", complete(), "s3://store"),
             pool=trained_pool(),
             lost_to=None,
             pods=pods,

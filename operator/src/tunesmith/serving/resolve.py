@@ -119,7 +119,8 @@ def whole_model(job: FineTuneJob, store: str) -> BaseModelArtifact | None:
 
 def has_base_of(adapter: AdapterDeployment, pool: ServingPool) -> bool:
     """Return True if the pool's base model is the whole model of the adapter's FineTuneJob."""
-    return pool.base_job == (adapter.metadata.namespace, adapter.spec.adapter_from.fine_tune_job.name)
+    job = adapter.spec.adapter_from.fine_tune_job
+    return job is not None and pool.base_job == (adapter.metadata.namespace, job.name)
 
 
 def unfinished(job: FineTuneJob | None, name: str, namespace: str, *, missing: str, failed: str) -> Unresolved | None:
@@ -215,23 +216,24 @@ def choose(adapter: AdapterDeployment, artifact: Artifact | Unresolved, pools: C
     if artifact.refusal is None:
         return choose_pool(adapter, artifact.fingerprint, pools, artifact.rank)
     if adapter.spec.pool is not None:
-        found = _named(adapter, adapter.spec.pool, None, pools)
+        found = named_pool(adapter, adapter.spec.pool, None, pools)
         return found if isinstance(found, Unresolved) else _no_pool_of_job(adapter, artifact.refusal)
     matching = [pool for pool in pools.own if has_base_of(adapter, pool)]
     current = [pool for pool in matching if reference(pool) == adapter.status.pool]
     if len(matching) > 1 and not current:
         return Unresolved(
-            Reason.SEVERAL_POOLS, f"{_names(matching)} serve the model of this FineTuneJob: name one in spec.pool"
+            Reason.SEVERAL_POOLS, f"{pool_names(matching)} serve the model of this FineTuneJob: name one in spec.pool"
         )
     return next(iter(current or matching), None) or _no_pool_of_job(adapter, artifact.refusal)
 
 
 def _no_pool_of_job(adapter: AdapterDeployment, refusal: str) -> Unresolved:
-    namespace, job = adapter.metadata.namespace, adapter.spec.adapter_from.fine_tune_job.name
+    namespace, job = adapter.metadata.namespace, adapter.spec.adapter_from.fine_tune_job
+    assert job is not None  # noqa: S101 - no other artifact is a whole model
     return Unresolved(
         Reason.NOT_SERVABLE,
-        f"{refusal}. Its whole model is served by a ServingPool with baseModel.from: {{fineTuneJob: {{name: {job}, "
-        f"namespace: {namespace}}}}}: ask the platform's engineers for one, and name it in spec.pool",
+        f"{refusal}. Its whole model is served by a ServingPool with baseModel.from: {{fineTuneJob: {{name: "
+        f"{job.name}, namespace: {namespace}}}}}: ask the platform's engineers for one, and name it in spec.pool",
     )
 
 

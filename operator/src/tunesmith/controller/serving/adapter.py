@@ -20,10 +20,10 @@ from tunesmith.controller.executor import Executor, name_taken
 from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, owner_keys
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
-from tunesmith.serving.adapter import AdapterObservation, is_base, plan
-from tunesmith.serving.resolve import Artifact, choose, resolve_artifact
 from tunesmith.jobs.observe import view
+from tunesmith.serving.adapter import AdapterObservation, is_base, plan
 from tunesmith.serving.imports import ADAPTER_LABEL, import_job, is_import_of, plan_import
+from tunesmith.serving.resolve import Artifact, choose, resolve_artifact
 from tunesmith.serving.scale_events import scale_events
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.serving.state import ServingState
-    from tunesmith.serving.pod import PoolPod
     from tunesmith.serving.imports import ImportPlan
+    from tunesmith.serving.pod import PoolPod
     from tunesmith.serving.resolve import Unresolved
 
 KIND = "AdapterDeployment"
@@ -254,6 +254,7 @@ def _pool_facts(pool: Object) -> tuple[object, ...]:
         spec.get("allowedNamespaces"),
         (spec.get("engine") or {}).get("maxLoraRank"),
         status.get("baseModelFingerprint"),
+        status.get("baseModelArtifact"),
     )
 
 
