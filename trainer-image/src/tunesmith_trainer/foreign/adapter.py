@@ -29,7 +29,6 @@ from tunesmith.contracts.servability import ADAPTER_WEIGHTS
 from tunesmith_trainer.artifact import package, parity
 from tunesmith_trainer.artifact.main_memory import available_memory
 from tunesmith_trainer.base_model import model
-from tunesmith_trainer.base_model.stored import stored_quantization
 from tunesmith_trainer.errors import AdapterNotFoundError, InvalidSpecError, StorageUnavailableError
 from tunesmith_trainer.foreign.base import open_base
 from tunesmith_trainer.foreign.conversion import check_structure, convert, download
@@ -158,7 +157,7 @@ def _converted(
     check_structure(folder, converted.config, base.config)
     verdict = servable.of_files(converted.config, list(read_tensors(folder / ADAPTER_WEIGHTS)))
     if verdict.vllm:
-        verdict = servable.on_base(base.class_name, stored_quantization(base.folder))
+        verdict = servable.on_base(base.modules, converted.modules)
     for file in model.tokenizer_files(base.folder):
         shutil.copyfile(file, folder / file.name)
     progress.update(stage=Stage.PACKAGING)

@@ -14,7 +14,9 @@ from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.contracts.servability import MAX_RANK
 from tunesmith_trainer.base_model import model
+from tunesmith_trainer.base_model.stored import stored_quantization
 from tunesmith_trainer.errors import BaseModelNotFoundError
+from tunesmith_trainer.methods.targets import modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.methods.targets import Modules
     from tunesmith_trainer.options import ImportOptions
     from tunesmith_trainer.store import Stores
 
@@ -44,7 +47,7 @@ class Base:
     embeddings: frozenset[str]
     largest_adapter: int
     """Bytes of the largest adapter: all matrices of all modules with the highest rank, and copies of all embeddings."""
-    class_name: str
+    modules: Modules
 
 
 def open_base(options: ImportOptions, stores: Stores, work: Path) -> Base:
@@ -80,7 +83,7 @@ def open_base(options: ImportOptions, stores: Stores, work: Path) -> Base:
         names=frozenset(name for name, _ in whole.named_modules() if name),
         embeddings=frozenset(embeddings),
         largest_adapter=_FLOAT_BYTES * (2 * MAX_RANK * sum(map(sum, matrices)) + copied) + MAX_HEADER_BYTES,
-        class_name=str((config.architectures or [type(whole).__name__])[0]),
+        modules=modules_of(config, stored_quantization(folder)),
     )
 
 

@@ -49,12 +49,14 @@ class Converted:
         layout: layout of its files.
         sha256: hash of its weights, as they were.
         config: content of adapter_config.json.
+        modules: full names of the modules that have matrices.
         changes: what was converted, as sentences.
     """
 
     layout: Layout
     sha256: str
     config: Mapping[str, Any]
+    modules: list[str]
     changes: list[str]
 
 
@@ -98,7 +100,7 @@ def convert(remote: Folder, names: frozenset[str], folder: Path, base: Base) -> 
     (folder / ADAPTER_CONFIG).write_text(
         json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    return Converted(layout, sha256, written, changes)
+    return Converted(layout, sha256, written, sorted(_modules(matrices)), changes)
 
 
 def _config(remote: Folder) -> dict[str, Any]:
