@@ -53,8 +53,9 @@ FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 300.0
 MAX_REQUESTS = 4
 """Requests for one answer: the engine may choose another token where two are about equally likely, and the rest of the
 expected answer is then compared with another request."""
-MAX_DEATHS = 2
-"""Number of checks of an artifact during which the engine died, after which it is not checked again on this pod."""
+MAX_DEATHS = 3
+"""Number of consecutive checks of an artifact during which the engine died, after which it is not checked again on this
+pod. A crash with another cause may coincide with a check."""
 ALTERNATIVES = 5
 TRAFFIC_WAITS, IN_BACKGROUND = 0, 1
 """Priorities of requests: that of clients, and a later one."""
@@ -71,7 +72,7 @@ class ParityRecord(BaseModel):
         boot_id: process of the engine to which the results belong.
         results: results by engine name.
         bases: distances of the base model's answers, by digest of the artifact.
-        deaths: number of checks during which the engine died, by digest.
+        deaths: number of consecutive checks during which the engine died, by digest.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -244,14 +245,14 @@ class ParityChecks:
             TRAFFIC_WAITS if adapter.parity is ParityMode.REQUIRED else IN_BACKGROUND,
         )
         measured = Measured(base=self._record.bases.get(digest))
-        problem = ""
         if self._record.deaths.get(digest, 0) >= MAX_DEATHS:
-            measured.refusal = f"it died {MAX_DEATHS} times while it answered them"
-        else:
-            problem = await self._measure(engine, adapter, parities, measured)
-        judgement = judge(measured, gap, limit)
-        if problem:
+            message = f"the engine died {MAX_DEATHS} times while it answered the prompts of {PARITY_FILE}"
+            judgement = Judgement(ParityVerdict.UNDECIDED, message)
+        elif problem := await self._measure(engine, adapter, parities, measured):
             judgement = Judgement(ParityVerdict.UNFINISHED, problem)
+        else:
+            judgement = judge(measured, gap, limit)
+            self._forget_deaths(digest)
         if judgement.verdict is ParityVerdict.UNFINISHED:
             retry = self._retries.setdefault(name, _Retry())
             retry.at = now + min(MAX_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2**retry.attempts)
@@ -292,6 +293,10 @@ class ParityChecks:
         except TimeoutError:
             return f"the engine is busy: it has not answered the prompts of {PARITY_FILE} in {CHECK_SECONDS:.0f} s"
         return ""
+
+    def _forget_deaths(self, digest: str) -> None:
+        if digest in self._record.deaths:
+            self._save(deaths={key: count for key, count in self._record.deaths.items() if key != digest})
 
     def _save_result(self, name: str, result: AdapterParity) -> None:
         self._save(results={**self._record.results, name: result})
