@@ -26,6 +26,7 @@ PARITY_ROWS_FILE = "parity-rows.json"
 MAX_PARITY_BYTES = 512 * 1024
 MAX_PROBES = 8
 MAX_PROMPT_TOKENS = 2048
+MAX_PROMPT_CHARACTERS = 8192
 MAX_ANSWER_TOKENS = 32
 _MAX_TOP = 20
 _MAX_VALUES = 65_536
@@ -63,7 +64,9 @@ class ParityProbe(StatusModel):
     """A prompt, an answer, and the log-probabilities of the answer's tokens."""
 
     prompt: str | None = Field(
-        default=None, description="Message of the user; without a chat template, the text. Absent: a row's prompt."
+        default=None,
+        max_length=MAX_PROMPT_CHARACTERS,
+        description="Message of the user; without a chat template, the text. Absent: a row's prompt.",
     )
     chat: bool = Field(
         default=False, description="True if a chat template rendered the prompt, with the same result on every day."
