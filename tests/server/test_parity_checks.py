@@ -170,6 +170,21 @@ async def test_traffic_that_waits_for_a_check_is_queued_with_clients(checks: Che
     assert of_first == [parity.TRAFFIC_WAITS] * 3
 
 
+async def test_a_check_that_traffic_waits_for_replaces_another(checks: Checks) -> None:
+    required = desired("b", ParityMode.REQUIRED)
+    checks.load(A, document())
+    checks.engine.answering.clear()
+    checks.start(A, required)
+    await asyncio.sleep(0)
+    checks.load(required, document())
+    checks.start(A, required)
+    checks.engine.answering.set()
+    found = await checks.run(required, A, A)
+    assert found is not None
+    assert found.verdict is checks.checks.results[A.engine_name].verdict is ParityVerdict.PASSED
+    assert [name for name in checks.models() if name != BASE][-2:] == [A.engine_name] * 2
+
+
 async def test_the_base_is_checked_once_for_each_artifact_and_engine(checks: Checks) -> None:
     for adapter in (A, B, A, B):
         checks.load(adapter, document())

@@ -62,6 +62,12 @@ TRAFFIC_WAITS, IN_BACKGROUND = 0, 1
 _BY_IDS = "/v1/completions"
 _BY_MESSAGES = "/v1/chat/completions"
 
+_NOT_RECORDED = AdapterParity(
+    verdict=ParityVerdict.NOT_RECORDED,
+    message=f"the artifact has no {PARITY_FILE} with prompts that the engine accepts, so it cannot be shown that the "
+    "engine applies the adapter",
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -150,7 +156,7 @@ class ParityChecks:
         self._record = _read_record(self._path)
         self._retries: dict[str, _Retry] = {}
         self._check: asyncio.Task[None] | None = None
-        self._checked = ""
+        self._checked: DesiredAdapter | None = None
 
     @property
     def results(self) -> Mapping[str, AdapterParity]:
@@ -159,7 +165,7 @@ class ParityChecks:
 
     def forget(self, name: str) -> None:
         """Forget the result of an adapter, because it is loaded again."""
-        if self._checked == name:
+        if self._checked is not None and self._checked.engine_name == name:
             self.close()
         self._retries.pop(name, None)
         if name in self._record.results:
@@ -189,27 +195,38 @@ class ParityChecks:
             self._save(boot_id=snapshot.state.boot_id, results={}, bases={})
         for name in self._record.results.keys() - snapshot.resident.keys():
             self.forget(name)
-        if self._check is not None:
-            return
         due = [
             adapter
             for adapter in wanted
             if adapter.parity is not ParityMode.OFF
+            and self._is_due(adapter.engine_name, now)
             and adapter.engine_name not in unverified
             and snapshot.resident.get(adapter.engine_name) == str(adapter_folder(self._adapters, adapter.digest))
-            and self._is_due(adapter.engine_name, now)
         ]
-        if due:
-            adapter = min(due, key=lambda adapter: adapter.parity is not ParityMode.REQUIRED)
-            self._checked = adapter.engine_name
-            self._check = asyncio.create_task(self._run(adapter, snapshot, now))
-            self._check.add_done_callback(self._finished)
+        recorded = [adapter for adapter in due if self._has_answers(adapter)]
+        if len(recorded) < len(due):
+            missing = {adapter.engine_name for adapter in due} - {adapter.engine_name for adapter in recorded}
+            self._save(results={**self._record.results, **dict.fromkeys(missing, _NOT_RECORDED)})
+        next_ = min(recorded, key=_is_in_background, default=None)
+        if next_ is None:
+            return
+        if self._checked is not None:
+            if _is_in_background(next_) or not _is_in_background(self._checked):
+                return
+            self.close()  # it may wait for a long time behind clients' requests
+        self._checked = next_
+        self._check = asyncio.create_task(self._run(next_, snapshot, now))
+        self._check.add_done_callback(self._finished)
 
     def close(self) -> None:
         """Stop the running check."""
         if self._check is not None:
             self._check.cancel()
-        self._check, self._checked = None, ""
+        self._check, self._checked = None, None
+
+    def _has_answers(self, adapter: DesiredAdapter) -> bool:
+        folder = adapter_folder(self._adapters, adapter.digest)
+        return any((folder / name).exists() for name in (PARITY_FILE, PARITY_ROWS_FILE))
 
     def _is_due(self, name: str, now: float) -> bool:
         result = self._record.results.get(name)
@@ -219,7 +236,7 @@ class ParityChecks:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         if task is self._check:
-            self._check, self._checked = None, ""
+            self._check, self._checked = None, None
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a parity check failed", exc_info=error)
         self._changed()
@@ -233,8 +250,7 @@ class ParityChecks:
             self._save_result(name, AdapterParity(verdict=ParityVerdict.NOT_RECORDED, message=str(error)))
             return
         if not parities:
-            message = f"the artifact has no {PARITY_FILE}: it cannot be shown that the engine applies the adapter"
-            self._save_result(name, AdapterParity(verdict=ParityVerdict.NOT_RECORDED, message=message))
+            self._save_result(name, _NOT_RECORDED)
             return
         gap = gap_of(parities)
         limit = tolerance(parities[0].data_type, snapshot.state.adapters.data_type)
@@ -242,7 +258,7 @@ class ParityChecks:
             self._client,
             snapshot.base,
             snapshot.length,
-            TRAFFIC_WAITS if adapter.parity is ParityMode.REQUIRED else IN_BACKGROUND,
+            IN_BACKGROUND if _is_in_background(adapter) else TRAFFIC_WAITS,
         )
         measured = Measured(base=self._record.bases.get(digest))
         if self._record.deaths.get(digest, 0) >= MAX_DEATHS:
@@ -309,6 +325,10 @@ class ParityChecks:
             temporary.replace(self._path)
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error.strerror)
+
+
+def _is_in_background(adapter: DesiredAdapter) -> bool:
+    return adapter.parity is not ParityMode.REQUIRED
 
 
 def _read_record(path: Path) -> ParityRecord:
