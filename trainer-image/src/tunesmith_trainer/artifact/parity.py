@@ -78,14 +78,14 @@ def row_prompts(held_out: Dataset, training: Dataset) -> list[RowPrompt]:
 def _row_prompts(rows: Dataset) -> list[RowPrompt]:
     found = []
     for row in rows.select(range(min(len(rows), _CANDIDATES))):
-        ids, labels = row["input_ids"], row["labels"]
+        ids, labels = ([int(value) for value in row[name]] for name in ("input_ids", "labels"))
         start = next((place for place, label in enumerate(labels) if label != IGNORED), 0)
         if start <= 1:  # a text without prompt: its first half asks for the rest
             start = min(_ROW_PROMPT_TOKENS, len(ids) // 2)
         end = next((place for place in range(start, len(ids)) if labels[place] == IGNORED), len(ids))
         answer = ids[start:end][:_ANSWER_TOKENS]
         if answer and 0 < start <= _ROW_PROMPT_TOKENS:
-            found.append(RowPrompt(list(ids[:start]), list(answer)))
+            found.append(RowPrompt(ids[:start], answer))
     return found
 
 
