@@ -82,7 +82,7 @@ def text(
             "",
             f"Scored in one run; the loss on {counted.validation_rows} held-out rows{_overlap(counted)}.",
             "The truth, safety and fairness of its answers were not measured.",
-            _parity(parity_gap),
+            distinction(parity_gap),
             *(["", "Gates:", "", *gates] if gates else []),
             *(["", "Not scored:", "", *failures] if failures else []),
             "",
@@ -117,8 +117,8 @@ def text(
     )
 
 
-def _parity(gap: float) -> str:
-    """Describe how well a serving engine can be checked."""
+def distinction(gap: float) -> str:
+    """Describe how well adapter and base model can be told apart on an engine, from their distance in nats."""
     text = f"Its answers differ from the base model's by up to {nats(gap)} nats per token"
     undecided = [name for name in ("float32", "bfloat16") if gap < DECISIVE_GAP * tolerance(name, name)]
     if not undecided:
