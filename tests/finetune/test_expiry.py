@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.finetune.worlds import ARTIFACT, NOW, STORE, condition, job, kube_job, observed, pod
-from tunesmith.finetune.observe import users_of
+from tunesmith.finetune.observe import base_job, users_of
 from tunesmith.finetune.plan import StopJob, plan
 
 TTL = timedelta(hours=1)
@@ -80,4 +80,15 @@ def test_deployments_and_unfinished_jobs_that_name_a_job_need_it() -> None:
         continuing("d", {"artifact": {"uri": "s3://a/tone"}}),
         {"kind": "FineTuneJob", "metadata": {"name": "e"}, "spec": {}},
     ]
+    pool = {"kind": "ServingPool", "metadata": {"name": "p", "namespace": "team"}}
     assert users_of("tone", deployments, jobs) == ("AdapterDeployment a", "FineTuneJob c")
+    assert users_of("tone", [], [], [pool]) == ("ServingPool p",)
+
+
+def test_a_pool_names_the_job_of_its_base_model() -> None:
+    pool: dict[str, Any] = {"metadata": {"namespace": "platform"}, "spec": {"baseModel": {"uri": "s3://a/b"}}}
+    assert base_job(pool) is None
+    pool["spec"]["baseModel"] = {"from": {"fineTuneJob": {"name": "tone"}}}
+    assert base_job(pool) == ("platform", "tone")
+    pool["spec"]["baseModel"]["from"]["fineTuneJob"]["namespace"] = "team"
+    assert base_job(pool) == ("team", "tone")

@@ -24,6 +24,7 @@ from tunesmith.finetune.observe import (
     VALIDATE,
     WORKLOAD_LABEL,
     adapter_source,
+    base_job,
     continued_job,
     is_job_of,
     observe,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 KIND = "FineTuneJob"
 _CONTINUED = "continued"
+BASE_JOB = "base-job"
+"""Index of ServingPools by the FineTuneJob whose whole model is their base."""
 """Index of FineTuneJobs by the one whose adapter they start from."""
 _DELETION_RETRY_SECONDS = 300.0
 _POD_CREATION_TIME = timedelta(seconds=2)
@@ -65,6 +68,7 @@ class FineTuneJobReconciler:
         self._uids: dict[Key, str] = {}
         context.caches["Pod"].index(render.JOB_LABEL, _job_of_pod)
         context.caches[KIND].index(_CONTINUED, _continued_job)
+        context.caches["ServingPool"].index(BASE_JOB, base_job_key)
         self._progress = ProgressPoller(self._running_pods, self._progressed)
 
     @property
@@ -78,6 +82,7 @@ class FineTuneJobReconciler:
             Watch("Job", owner_keys(KIND), MANAGED),
             Watch("Pod", label_keys(KIND, render.JOB_LABEL), MANAGED),
             Watch("AdapterDeployment", _source_of_deployment),
+            Watch("ServingPool", _job_of_pool),
             Watch(KIND, self._connected_jobs),
         )
 
@@ -157,7 +162,11 @@ class FineTuneJobReconciler:
             return ()
         metadata, caches = job.metadata, self._context.caches
         continuing = caches[KIND].find(_CONTINUED, f"{metadata.namespace}/{metadata.name}")
-        return users_of(metadata.name, caches["AdapterDeployment"].list(metadata.namespace), continuing)
+        # Other pools are not allowed to serve its model, and must not keep it.
+        allowed = {metadata.namespace, *self._context.settings.shared_namespaces}
+        pools = caches["ServingPool"].find(BASE_JOB, f"{metadata.namespace}/{metadata.name}")
+        serving = [pool for pool in pools if pool["metadata"]["namespace"] in allowed]
+        return users_of(metadata.name, caches["AdapterDeployment"].list(metadata.namespace), continuing, serving)
 
     async def run(self) -> None:
         """Pull the progress of running pods."""
@@ -330,6 +339,19 @@ def _continued_job(finetunejob: Object) -> Iterable[str]:
     name = continued_job(finetunejob)
     if name:
         yield f"{finetunejob['metadata'].get('namespace', '')}/{name}"
+
+
+def base_job_key(pool: Object) -> Iterable[str]:
+    """Return the key of a pool in the index `BASE_JOB`."""
+    job = base_job(pool)
+    if job is not None:
+        yield "/".join(job)
+
+
+def _job_of_pool(pool: Object) -> Iterable[Key]:
+    job = base_job(pool)
+    if job is not None:
+        yield Key(KIND, *job)
 
 
 def _source_of_deployment(deployment: Object) -> Iterable[Key]:

@@ -113,19 +113,22 @@ def observe(
     )
 
 
-def users_of(name: str, deployments: Iterable[Object], finetunejobs: Iterable[Object]) -> tuple[str, ...]:
-    """Return the resources that need a FineTuneJob: AdapterDeployments and unfinished FineTuneJobs that name it.
+def users_of(
+    name: str, deployments: Iterable[Object], finetunejobs: Iterable[Object], pools: Iterable[Object] = ()
+) -> tuple[str, ...]:
+    """Return the resources that need a FineTuneJob: AdapterDeployments, pools and unfinished FineTuneJobs that name it.
 
     Args:
         name: name of the FineTuneJob.
         deployments: AdapterDeployments of its namespace.
         finetunejobs: FineTuneJobs of its namespace.
+        pools: ServingPools that may serve its whole model and name it.
     """
     serving = [item for item in deployments if adapter_source(item) == name]
     training = [item for item in finetunejobs if continued_job(item) == name and not _is_terminal(item)]
     return tuple(
         f"{item['kind']} {item['metadata']['name']}"
-        for item in [*serving, *training]
+        for item in [*serving, *training, *pools]
         if "deletionTimestamp" not in item["metadata"]
     )
 
@@ -133,6 +136,12 @@ def users_of(name: str, deployments: Iterable[Object], finetunejobs: Iterable[Ob
 def adapter_source(deployment: Object) -> str | None:
     """Return the name of the FineTuneJob whose adapter an AdapterDeployment serves."""
     return _name(deployment, "adapterFrom")
+
+
+def base_job(pool: Object) -> tuple[str, str] | None:
+    """Return namespace and name of the FineTuneJob whose whole model is a ServingPool's base; None for a uri."""
+    job = (((pool.get("spec") or {}).get("baseModel") or {}).get("from") or {}).get("fineTuneJob")
+    return (job.get("namespace") or pool["metadata"]["namespace"], job["name"]) if job else None
 
 
 def continued_job(finetunejob: Object) -> str | None:

@@ -26,10 +26,11 @@ from tunesmith.contracts.labels import POOL_LABEL
 from tunesmith.contracts.location import reads_foreign_store
 from tunesmith.contracts.refusal import MAX_RETRY_SECONDS
 from tunesmith.contracts.scheduling import scheduling_violation
+from tunesmith.controller.finetunejob import BASE_JOB
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, label_keys, owner_keys
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
-from tunesmith.controller.serving.state import BASE_JOB, MODEL
+from tunesmith.controller.serving.state import MODEL
 from tunesmith.serving.adapter import is_whole, needs_room
 from tunesmith.serving.crashes import crash_events
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE

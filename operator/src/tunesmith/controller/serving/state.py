@@ -14,6 +14,7 @@ from tunesmith.contracts.agent import STALE_AFTER_SECONDS
 from tunesmith.contracts.claims import ModelNameClaim, model_name_claim, precedence
 from tunesmith.contracts.labels import POOL_UID_LABEL
 from tunesmith.controller.executor import Executor
+from tunesmith.controller.finetunejob import BASE_JOB, base_job_key
 from tunesmith.controller.parsed import Parsed
 from tunesmith.controller.reconciler import key_of
 from tunesmith.controller.serving.agents import AgentLinks
@@ -39,8 +40,6 @@ SOURCE = "source"
 """Index of AdapterDeployments by their FineTuneJob."""
 OPEN_BASE = "open-base"
 """Index of ServingPools that may admit other namespaces, by the fingerprint of their base."""
-BASE_JOB = "base-job"
-"""Index of ServingPools by the FineTuneJob whose whole model is their base."""
 POOL = "pool"
 """Index of pods by their pool's UID."""
 _MAX_FOREIGN_POOLS = 50
@@ -267,12 +266,6 @@ def _open_base(pool: Object) -> Iterable[str]:
         yield fingerprint
 
 
-def _base_job(pool: Object) -> Iterable[str]:
-    job = (pool["spec"]["baseModel"].get("from") or {}).get("fineTuneJob")
-    if job:
-        yield f"{job.get('namespace') or pool['metadata']['namespace']}/{job['name']}"
-
-
 def is_shared(pool: Object) -> bool:
     """Return True if a pool may admit other namespaces than its own."""
     return bool((pool["spec"].get("allowedNamespaces") or {}).get("from", "Same") != "Same")
@@ -292,6 +285,6 @@ _INDEXES: tuple[tuple[str, str, Callable[[Object], Iterable[str]]], ...] = (
     ("AdapterDeployment", SOURCE, _source),
     ("ServingPool", MODEL, _model),
     ("ServingPool", OPEN_BASE, _open_base),
-    ("ServingPool", BASE_JOB, _base_job),
+    ("ServingPool", BASE_JOB, base_job_key),
     ("Pod", POOL, _pool_of_pod),
 )
