@@ -37,7 +37,7 @@ def randomize(model: PeftModel) -> None:
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             assert "lora_" in name
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 def peft_adapter(base: Path, folder: Path, **config: Any) -> torch.Tensor:

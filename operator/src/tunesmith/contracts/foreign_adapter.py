@@ -23,6 +23,8 @@ _MLX_RENAMED = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 """Names of MLX LM's tensors after the module's name, and those of PEFT."""
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 """Parts of names that wrappers of modules leave: those of FSDP, of recomputed activations and of torch.compile."""
+_OF_COPIES = frozenset({"base_layer", "modules_to_save"})
+"""Parts of the names of weights of the base that PEFT saves beside an adapter."""
 _PREFIXES = ("base_model.model.", "module.")
 """Prefixes before the module's name: PEFT's, also repeated, and that of data parallelism."""
 _MATRICES = re.compile(
@@ -223,7 +225,7 @@ def split_name(name: str, layout: Layout) -> TensorName:
         return TensorName(module, _MLX_RENAMED[end]) if module and end in _MLX_RENAMED else TensorName(name, None)
     found = _MATRICES.fullmatch(name)
     if found is None:
-        return TensorName(name, None)
+        return TensorName(".".join(part for part in name.split(".") if part not in _OF_COPIES), None)
     part, end = found["part"], found["end"] or ""
     # PEFT saves these without `.weight`.
     bare = part.startswith("lora_embedding") or part == "lora_magnitude_vector"
