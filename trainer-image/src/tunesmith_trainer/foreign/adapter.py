@@ -94,7 +94,6 @@ def _published(
     remote = stores.folder(
         options.adapter, what="the adapter's folder", missing=AdapterNotFoundError, secret=options.secret
     )
-    remote.check_links()
     names = frozenset(remote.names())
     folder = work / ARTIFACT_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
