@@ -27,7 +27,7 @@ SHOWN = [
 PROGRAMS = {
     *("aws", "cat", "cp", "curl", "export", "for", "helm", "install", "jq"),
     *("kubectl", "make", "mkdir", "sed", "tensorboard", "uv"),
-    *("tunesmith", "tunesmith-agent", "tunesmith-gateway", "tunesmith-operator"),
+    *("tunesmith", "tunesmith-agent", "tunesmith-gateway", "tunesmith-operator", "tunesmith-trainer"),
 }
 
 

@@ -77,6 +77,48 @@ def test_import_peft(
         assert (job.spec.method.lora.rank, job.spec.method.lora.alpha, job.spec.method.lora.dropout) == (8, 16, 0.1)
 
 
+MLX = {
+    "fine_tune_type": "lora",
+    "model": "mlx-community/tiny-4bit",
+    "lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.1, "keys": ["self_attn.q_proj"]},
+}
+OLDEST = CONFIG | {"merge_weights": False, "enable_lora": None}
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "problem"),
+    [
+        (MLX, ("--base", "hf://org/base"), ""),
+        (MLX, (), "add --base with the model that MLX LM converted"),
+        (MLX | {"fine_tune_type": "dora"}, ("--base", "hf://org/base"), "MLX LM trained it with DoRA"),
+        (OLDEST, ("--strict",), ""),
+        ({**CONFIG, "base_model_name_or_path": None}, ("--base", "hf://org/base"), ""),
+    ],
+)
+def test_import_peft_reads_the_layouts_that_adapters_are_imported_from(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    config: dict[str, Any],
+    arguments: tuple[str, ...],
+    problem: str,
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["tunesmith", "import", "peft", str(file), "--data", "s3://b/t.jsonl", *arguments])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    printed = capsys.readouterr()
+    assert problem in printed.err
+    assert bool(exited.value.code) is bool(problem)
+    if problem:
+        return
+    job = parse_manifest(printed.out)
+    assert job.spec.base_model.uri == "hf://org/base"
+    assert job.spec.method.lora is not None
+    assert (job.spec.method.lora.rank, job.spec.method.lora.alpha, job.spec.method.lora.dropout) == (8, 16, 0.1)
+
+
 @pytest.mark.parametrize(
     ("pattern", "method"),
     [

@@ -19,6 +19,7 @@ from tunesmith.cli.openai_job import translate as translate_openai
 from tunesmith.cli.output import note, print_line
 from tunesmith.cli.translation import Translation, UntranslatableError
 from tunesmith.contracts.adapterconfig import UnsupportedAdapterError, adapter_of
+from tunesmith.contracts.foreign_adapter import ForeignAdapterError, Layout, layout_of, translate_config
 
 app = typer.Typer(no_args_is_help=True, help="Write a FineTuneJob from another tool's configuration.")
 
@@ -32,8 +33,11 @@ def options() -> None:
 
 @app.command()
 def peft(
-    config: Annotated[Path, typer.Argument(help="An adapter_config.json of PEFT.")],
+    config: Annotated[Path, typer.Argument(help="An adapter_config.json of PEFT or MLX LM.")],
     data: Annotated[str, typer.Option("--data", help="Uri of the training rows, which the file does not name.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Uri of the base model. Absent: the one that the file names.")
+    ] = None,
     strict: StrictOption = False,  # noqa: FBT002 - typer's convention
 ) -> None:
     """Print the FineTuneJob that trains an adapter like this one; keys without a counterpart go to standard error.
@@ -41,20 +45,25 @@ def peft(
     Example: tunesmith import peft adapter_config.json --data s3://bucket/train.jsonl > job.yaml
     """
     document = _read(config, "an adapter_config.json")
-    if not isinstance(document.get("peft_type"), str):
+    layout = layout_of(document)
+    if layout is Layout.PEFT and not isinstance(document.get("peft_type"), str):
         raise CliError(f"{config}: peft_type is missing: use an adapter_config.json written by PEFT", Exit.USAGE)
-    base = document.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise CliError(f"{config}: base_model_name_or_path is missing: add the name of the base model", Exit.USAGE)
     try:
-        found = adapter_of(document)
-    except UnsupportedAdapterError as error:
+        if layout is Layout.MLX or document["peft_type"] == "LORA":
+            document = translate_config(document, layout)
+        named = document.get("base_model_name_or_path")
+        if base is None and (not isinstance(named, str) or not named):
+            hint = "add --base with the model that MLX LM converted" if layout is Layout.MLX else "add it, or --base"
+            raise CliError(f"{config}: base_model_name_or_path is missing: {hint}", Exit.USAGE)
+        found = adapter_of(document if base is None else {**document, "base_model_name_or_path": "its/base"})
+    except (UnsupportedAdapterError, ForeignAdapterError) as error:
         raise CliError(f"{config}: {error}", Exit.USAGE) from None
+    source = found.base if base is None else {"uri": base}
     for key, what in found.changed.items():
         note(f"{key}: {what}")
     for key, hint in found.omitted.items():
         note(f"{key}: {json.dumps(document[key])} has no counterpart and is omitted" + (f": {hint}" if hint else ""))
-    _print(config, {"baseModel": found.base, "dataset": {"train": [{"uri": data}]}, "method": found.method})
+    _print(config, {"baseModel": source, "dataset": {"train": [{"uri": data}]}, "method": found.method})
     if strict and found.omitted:
         raise CliError(f"{len(found.omitted)} keys have no counterpart: {', '.join(found.omitted)}")
 

@@ -129,6 +129,11 @@ def _step(name: str) -> tuple[int, str]:
     return (int(number) if number.isdecimal() and len(number) < 10 else -1), name  # noqa: PLR2004 - of steps
 
 
+def layout_of(config: Mapping[str, Any]) -> Layout:
+    """Return the layout to which the content of an adapter_config.json belongs."""
+    return Layout.MLX if "fine_tune_type" in config or "lora_parameters" in config else Layout.PEFT
+
+
 def translate_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Return the keys in PEFT's names of today, without those that have no effect.
 
@@ -141,7 +146,7 @@ def translate_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any
     """
     if layout is Layout.MLX:
         return _translate_mlx(config)
-    if "fine_tune_type" in config or "lora_parameters" in config:
+    if layout_of(config) is Layout.MLX:
         raise ForeignAdapterError(
             f"{ADAPTER_CONFIG} is of MLX LM, and {ADAPTER_WEIGHTS} of PEFT: it mixes two adapters"
         )
@@ -186,7 +191,13 @@ def _translate_mlx(config: Mapping[str, Any]) -> dict[str, Any]:
             f"lora_parameters of {ADAPTER_CONFIG} have a scale and an alpha, which releases of MLX LM read "
             "differently: remove alpha; if a release before 0.13 trained it, multiply scale by alpha / rank first"
         )
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": scale * rank}
+    product = scale * rank
+    translated = {"r": rank, "lora_alpha": int(product) if float(product).is_integer() else product}
+    # Absent keys are those that MLX LM chooses for the model.
+    known = {"target_modules": parameters.get("keys"), "lora_dropout": parameters.get("dropout")}
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", **translated} | {
+        key: value for key, value in known.items() if value
+    }
 
 
 def changes_base(config: Mapping[str, Any]) -> Initialization | None:
