@@ -52,8 +52,9 @@ _LATENT = _GROUPED | {
 _LINEAR_ATTENTION = _DENSE | {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    # As published: vLLM's kernels for CPUs have few sizes.
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "layer_types": ["linear_attention", "full_attention"],
 }
 _BFLOAT16 = {"dtype": "bfloat16"}

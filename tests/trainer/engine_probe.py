@@ -20,6 +20,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.models import registry
 
 SECONDS = 1800
@@ -108,6 +109,8 @@ def probe(request: dict[str, Any]) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     # vLLM would start another process for it, which imports everything again.
     registry._run_in_subprocess = lambda inspect: inspect()
+    # With adapters, even of other modules, vLLM computes experts by a kernel that only GPUs have.
+    FusedMoEConfig.is_lora_enabled = property(lambda _: False, lambda *_: None)
     try:
         answers = answers_of(request)
     except Exception as error:  # noqa: BLE001 - an engine that fails is an answer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.trainer.architectures import FAMILIES, Family, make
 from tests.trainer.methods_rig import PROMPTS, distance, spec_of, try_method
@@ -154,6 +154,15 @@ def test_an_adapter_is_servable_without_the_modules_that_vllm_does_not_adapt() -
     )
     named = {"targetModules": ["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]}
     assert plan("GLM-4-0414", {"lora": named}).servable.vllm
+
+
+def test_an_adapter_of_a_language_model_alone_is_not_servable_with_the_whole_model() -> None:
+    text = BY_NAME["Qwen3.5"].config.to_dict()
+    whole = AutoConfig.for_model("qwen3_5", text_config=text, architectures=["Qwen3_5ForConditionalGeneration"])
+    verdict = plan_method(spec_of({"lora": {}}), modules_of(whole)).servable
+    assert not verdict.vllm
+    assert "of the language model of a Qwen3_5ForConditionalGeneration alone" in str(verdict.reason)
+    assert plan("Gemma 3, vision", {"lora": {}}).servable.vllm
 
 
 @pytest.mark.parametrize(

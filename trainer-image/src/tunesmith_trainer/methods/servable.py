@@ -80,6 +80,11 @@ def on_base(modules: Modules, adapted: Iterable[str]) -> ServableStatus:
         return _not_servable(
             f"pools do not serve base models in {stored.name}: {remedy}train on the model that it was quantised from"
         )
+    if class_name in WITH_ADAPTERS and modules.alone:
+        return _not_servable(
+            f"it is an adapter of the language model of a {class_name} alone, whose modules have other names than in "
+            f"the whole model, which vLLM serves: {MERGED}"
+        )
     if class_name in WITH_ADAPTERS:
         try:
             check_modules(class_name, adapted, modules.linear)

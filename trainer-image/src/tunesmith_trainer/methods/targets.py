@@ -53,6 +53,7 @@ class Modules:
         transposed: True if the linear modules store their weights as (in, out), as GPT-2's do.
         config: the base model's configuration.
         stored: quantisation in which the weights are stored; None: they are not quantised.
+        alone: True if it is the language model of a base model whose other parts transformers leaves out.
     """
 
     linear: dict[str, tuple[int, int]]
@@ -65,6 +66,7 @@ class Modules:
     transposed: bool
     config: PretrainedConfig
     stored: StoredQuantization | None = None
+    alone: bool = False
 
     @property
     def layer_weights(self) -> int:
@@ -135,6 +137,7 @@ def modules_of(config: PretrainedConfig, stored: StoredQuantization | None = Non
         transposed=transposed,
         config=config,
         stored=stored,
+        alone=type(model.config) is not type(config),
     )
 
 
