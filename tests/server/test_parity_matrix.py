@@ -96,10 +96,13 @@ def zeroed(weights: Tensors, where: Callable[[str], bool]) -> Tensors:
     }
 
 
-def with_flipped_bit(weights: Tensors, bit: int) -> Tensors:
+def with_flipped_bit(weights: Tensors, *, harmless: bool = False) -> Tensors:
+    """Multiply the greatest value by a power of 2, or change its last bit."""
     name = next(name for name in sorted(weights) if name.endswith("down_proj.lora_B.weight"))
     changed = weights[name].copy()
-    changed.view(np.uint32).reshape(-1)[11] ^= np.uint32(1 << bit)
+    place, bits = int(np.abs(changed).argmax()), changed.view(np.uint32).reshape(-1)
+    exponent_bit = next(bit for bit in (25, 24, 23) if not int(bits[place]) >> bit & 1)
+    bits[place] ^= np.uint32(1 << (0 if harmless else exponent_bit))
     return {**weights, name: changed}
 
 
@@ -120,7 +123,7 @@ WEIGHTS: dict[str, Callable[[Tensors, Tensors], Tensors]] = {
     "other-rank": lambda own, _: {
         name: value[: RANK // 2] if "lora_A" in name else value[:, : RANK // 2] for name, value in own.items()
     },
-    "flipped-bit": lambda own, _: with_flipped_bit(own, 29),
+    "flipped-bit": lambda own, _: with_flipped_bit(own),
     "swapped-halves": lambda own, other: {name: own[name] if "lora_A" in name else other[name] for name in own},
     "other-adapter": lambda _, other: other,
     "other-layer": lambda own, _: of_next_layer(own),
@@ -224,7 +227,7 @@ def pod(made: Path, store: S3Server) -> Iterator[ParityPod]:
     for name in RECORDED:
         entries[name] = publish(name, write(made / "published" / name, own), name)
     entries["harmless-bit"] = publish(
-        "harmless-bit", write(made / "published/harmless-bit", with_flipped_bit(own, 0)), "own"
+        "harmless-bit", write(made / "published/harmless-bit", with_flipped_bit(own, harmless=True)), "own"
     )
     plain = write(made / "published/unrecorded", own)
     entries["unrecorded"] = Artifact(plain, fingerprint, RANK).publish(store, model="unrecorded")

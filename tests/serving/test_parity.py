@@ -117,6 +117,16 @@ def test_required_parity_keeps_a_revision_from_being_served(status: Build) -> No
     assert "(pod pod-0)" in ready.message
 
 
+def test_a_refused_revision_keeps_its_reason_while_no_pod_has_it(
+    status: Build, adapter: Build, pool: Build, start: datetime
+) -> None:
+    refused = status(ParityMode.REQUIRED, FAILED)
+    before = {**refused.manifest(), "observedGeneration": 1}
+    observation = AdapterObservation(ARTIFACT, pool(), None, [], {}, Decision(1, "spec.replicas"), "")
+    got = plan(adapter(parity=ParityMode.REQUIRED, status=before), observation, start)
+    assert (got.phase, got.reason, got.parity) == ("Failed", "ParityFailed", refused.parity)
+
+
 def test_no_condition_with_parity_off(status: Build) -> None:
     assert parity(status(ParityMode.OFF, None)) is None
 
@@ -124,5 +134,5 @@ def test_no_condition_with_parity_off(status: Build) -> None:
 def test_pods_are_told_the_mode(adapter: Build, revision: Build) -> None:
     for mode in ParityMode:
         deployment = adapter(status={"revisions": [revision("a").manifest()]}, parity=mode)
-        wanted, _ = PlacementCache().desired([deployment], frozenset())
+        wanted, *_ = PlacementCache().desired([deployment], frozenset())
         assert wanted[ENGINE_NAME].parity is mode

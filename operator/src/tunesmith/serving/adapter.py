@@ -229,7 +229,8 @@ def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
             "ready_replicas": sum(1 for pod in resident if pod.ready and pod.answering),
             "message": one_line(message, _MAX_MESSAGE_LENGTH) if message else None,
             "size_bytes": max((entry.size_bytes for _, entry in found), default=0) or None,
-            "parity": worst_parity((pod.name, entry.parity) for pod, entry in found),
+            "parity": worst_parity((pod.name, entry.parity) for pod, entry in found)
+            or (revision.parity if state is RevisionState.FAILED else None),
             "pods": sorted(loaded, key=lambda pod: pod.name)[:MAX_LISTED_PODS],
         }
     )
