@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def test_a_manifest_is_valid(manifest: str) -> None:
     if document["kind"] == "FineTuneJob":
         parse_manifest(manifest)
     else:
-        MODELS[document["kind"]].model_validate(document, strict=True, by_alias=True, by_name=False)
+        MODELS[document["kind"]].model_validate_json(json.dumps(document), strict=True, by_alias=True, by_name=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
