@@ -59,7 +59,7 @@ CASES = {
         (),
         "Validating",
         {"Validated": ("Unknown", "SecretNotFound")},
-        f"{SECRET}; create it in the namespace of the FineTuneJob, and the job continues",
+        f"{SECRET}; create it in the pod's namespace, and the job continues",
     ),
     "validation waits for a Secret that is missing for minutes": Case(
         observed(

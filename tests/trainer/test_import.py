@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import struct
 from typing import TYPE_CHECKING
 
@@ -16,12 +18,14 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import parse_manifest
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
-from tunesmith.contracts.parity import PARITY_FILE, Parity
+from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, Parity
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from tests.trainer.trainer_rig import Workbench
 
 
 def test_a_peft_adapter_becomes_an_artifact_with_the_same_logits(base_model: Path, tmp_path: Path) -> None:
@@ -68,6 +72,26 @@ def test_an_artifact_is_copied_unchanged_with_its_digest(base_model: Path, tmp_p
     assert second.result.artifact.digest == first.result.artifact.digest
     for file in first.folder.iterdir():
         assert (second.folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_exported_artifact_keeps_its_scores_and_the_digest_of_its_data(bench: Workbench, tmp_path: Path) -> None:
+    trained = bench.run("train", bench.job())
+    assert trained.result.artifact is not None
+    exported = tmp_path / "exported"
+    shutil.copytree(bench.output / "artifact", exported)
+    (exported / PARITY_ROWS_FILE).unlink()
+    manifest = json.loads((exported / ARTIFACT_MANIFEST).read_text())
+    work = tmp_path / "import"
+    work.mkdir()
+    imported = import_adapter(exported, bench.base, work, "--digest", trained.result.artifact.digest)
+    assert imported.code == 0, imported.result.message
+    assert imported.result.artifact is not None
+    assert imported.result.artifact.digest == trained.result.artifact.digest
+    copied = json.loads((imported.folder / ARTIFACT_MANIFEST).read_text())
+    assert copied == manifest
+    assert copied["evaluation"]["loss"] > 0
+    assert copied["datasetDigest"].startswith("sha256:")
+    assert not (imported.folder / PARITY_ROWS_FILE).exists()
 
 
 def test_a_changed_artifact_and_another_digest_are_refused(base_model: Path, tmp_path: Path) -> None:

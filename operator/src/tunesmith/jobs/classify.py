@@ -211,7 +211,7 @@ def _configuration_obstacle(pod: PodView, now: datetime) -> Obstacle:
     detail = _excerpt(pod.waiting_message) or pod.waiting_reason or ""
     is_secret = "secret" in detail.lower()
     reason = FailureReason.SECRET_NOT_FOUND if is_secret else FailureReason.INTERNAL_ERROR
-    fix = "; create it in the namespace of the FineTuneJob, and the job continues" if is_secret else ""
+    fix = "; create it in the pod's namespace, and the job continues" if is_secret else ""
     message = f"pod {pod.name} cannot start its container: {detail}{fix}"
     return Obstacle(reason, message, reason if now - since >= _CONFIGURATION_TIMEOUT else None)
 

@@ -52,6 +52,12 @@ _RESOURCES = {
     "requests": {"cpu": "500m", "memory": "2Gi"},
     "limits": {"cpu": "2", "memory": IMPORT_MEMORY},
 }
+_OF_PODS = {
+    FailureReason.OUT_OF_MEMORY: f"its pod needed more than {IMPORT_MEMORY} of memory: the adapter is too large",
+    FailureReason.OUT_OF_DISK: "its pod filled the disk of its node: the base model is too large for it",
+    FailureReason.DEADLINE_EXCEEDED: f"its pod needed more than {IMPORT_SECONDS // 3600} hours",
+}
+"""Messages about failures of the pod: those of training name fields of a FineTuneJob."""
 _PODS = 3
 """Pods that the Job starts after failures that another attempt may not have."""
 _RETRY = timedelta(minutes=10)
@@ -252,9 +258,7 @@ def _finished(
         # The pod and its report are gone. Another Job finds the published artifact.
         waiting = Unresolved(Reason.IMPORTING, f"Job {job.name} has finished, and its report is gone: it is run again")
         return ImportPlan(waiting, None, delete=(*stale, job.name), requeue_after=_REFUSED_REQUEUE)
-    message = outcome.message
-    if outcome.reason is FailureReason.OUT_OF_MEMORY:
-        message = f"its pod needed more than {IMPORT_MEMORY} of memory: the adapter or its base model is too large"
+    message = _OF_PODS.get(outcome.reason, outcome.message) if outcome.reason is not None else outcome.message
     message = one_line(f"{source.uri} could not be imported: {message}", _MAX_MESSAGE)
     record = _record(source, base, job, message)
     if not outcome.retryable:

@@ -236,13 +236,21 @@ def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, o
     return {"heldOutLoss": whole, "rows": prepared.preflight.validation_rows, **more}
 
 
-def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> ArtifactStatus:
-    """Upload the files, then the manifest unless one exists: if another attempt was first, return its artifact."""
+def publish(folder: Path, manifest: ArtifactManifest, target: Folder, document: bytes | None = None) -> ArtifactStatus:
+    """Upload the files, then the manifest unless one exists: if another attempt was first, return its artifact.
+
+    Args:
+        folder: folder with the files; an artifact that was exported lacks the prompts of its rows.
+        manifest: the manifest.
+        target: folder of the artifact.
+        document: the manifest's bytes; None: its canonical form.
+    """
     published = find(target)
     if published is None:
         for name in manifest.files:
-            target.upload(name, folder / name)
-        data = manifest.to_bytes()
+            if name != PARITY_ROWS_FILE or (folder / name).exists():
+                target.upload(name, folder / name)
+        data = document or manifest.to_bytes()
         (folder / ARTIFACT_MANIFEST).write_bytes(data)
         if target.create(ARTIFACT_MANIFEST, data):
             return _status(target.uri, manifest, data)

@@ -22,7 +22,7 @@ from tunesmith.contracts.artifact import (
 )
 from tunesmith.contracts.foreign_adapter import ForeignAdapterError
 from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST
-from tunesmith.contracts.parity import PARITY_FILE, gap_of
+from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, gap_of
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.contracts.servability import ADAPTER_WEIGHTS
@@ -101,20 +101,24 @@ def _published(
     base = open_base(options, stores, work)
     try:
         if ARTIFACT_MANIFEST in names:
-            manifest = _copied(options, remote, folder, base)
+            manifest, document = _copied(options, remote, names, folder, base)
         else:
             if options.digest is not None:
                 raise ForeignAdapterError(f"a digest is that of {ARTIFACT_MANIFEST}, which it does not have")
-            manifest = _converted(options, remote, names, folder, base, progress)
+            manifest, document = _converted(options, remote, names, folder, base, progress), None
     except ValueError as error:
         raise InvalidSpecError(f"the adapter in {options.adapter} cannot be imported: {error}") from None
     progress.update(stage=Stage.PUBLISHING)
-    artifact = package.publish(folder, manifest, target.child(retry=PUBLISHING_RETRY))
+    artifact = package.publish(folder, manifest, target.child(retry=PUBLISHING_RETRY), document)
     return manifest, artifact
 
 
-def _copied(options: ImportOptions, remote: Folder, folder: Path, base: Base) -> ArtifactManifest:
-    """Copy an artifact unchanged, with its evaluation and its digest.
+def _copied(
+    options: ImportOptions, remote: Folder, names: frozenset[str], folder: Path, base: Base
+) -> tuple[ArtifactManifest, bytes]:
+    """Copy an artifact unchanged, with its evaluation and its digest; return its manifest, also as it is.
+
+    Exports omit the prompts of its rows.
 
     Raises:
         ValueError: it is damaged, another one than requested, or of another base model.
@@ -132,16 +136,14 @@ def _copied(options: ImportOptions, remote: Folder, folder: Path, base: Base) ->
             f"it was trained on another base model ({manifest.base.uri}, {manifest.base.fingerprint[:19]}…) than the "
             f"pool's ({base.source.uri}, {base.fingerprint[:19]}…): name a pool with that base model"
         )
-    if manifest.to_bytes() != document:
-        raise ForeignAdapterError(
-            f"its {ARTIFACT_MANIFEST} was written by a newer release, or changed: import it there"
-        )
     for name, entry in manifest.files.items():
+        if name == PARITY_ROWS_FILE and name not in names:
+            continue
         limit = base.largest_adapter if name == ADAPTER_WEIGHTS else _MAX_OTHER_BYTES
         download(remote, name, folder / name, limit)
         if (folder / name).stat().st_size != entry.size_bytes or file_sha256(folder / name) != entry.sha256:
             raise ForeignAdapterError(f"{name} was changed after it was published: its SHA-256 is not the manifest's")
-    return manifest
+    return manifest, document
 
 
 def _converted(
