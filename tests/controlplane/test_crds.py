@@ -209,6 +209,10 @@ REFUSED_POOLS = {
         {"baseModel": {"uri": "s3://models/llama", "from": {"fineTuneJob": {"name": "tone"}}}},
         "baseModel must have exactly one of uri and from: keep one and remove the other",
     ),
+    "an equivalent base model that is no fingerprint": (
+        {"equivalentTo": "llama"},
+        "a fingerprint is sha256: and 64 hex digits, as in status.baseModelFingerprint of a ServingPool",
+    ),
     "no base model": ({"baseModel": {}}, "baseModel must have exactly one of uri and from"),
     "a job's model with a Secret": (
         {"baseModel": {"from": {"fineTuneJob": {"name": "tone"}}, "secretRef": {"name": "mine"}}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -268,7 +269,10 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     artifact = adapter()
     artifact.fingerprint = "sha256:" + "1" * 64
-    assert "was trained on another base model" in refusal(artifact.publish(store), limits, folder, store)
+    entry = artifact.publish(store)
+    assert "was trained on another base model" in refusal(entry, limits, folder, store)
+    equivalent = dataclasses.replace(limits, equivalent_to="sha256:" + "1" * 64)
+    assert fetch(entry, equivalent, folder, store).is_dir()
 
 
 @pytest.mark.parametrize(

@@ -293,3 +293,16 @@ def test_arguments_and_variables_that_the_pool_sets_are_reserved(case: str, pool
     assert {name for name in names if reserved_argument(name) is None} == set()
     users = {variable.name for variable in given.spec.engine.env or ()}
     assert {variable["name"] for variable in engine["env"] if not reserved_variable(variable["name"])} <= users
+
+
+def test_the_agent_knows_which_base_models_are_equivalent(pool: Callable[..., ServingPool]) -> None:
+    def agent_of(**spec: Any) -> list[str]:
+        pod = deployment(pool(**spec), SETTINGS, 1)["spec"]["template"]["spec"]
+        (agent,) = [container for container in pod["initContainers"] if container["name"] == "agent"]
+        arguments: list[str] = agent["args"]
+        return arguments
+
+    trained = "sha256:" + "1" * 64
+    arguments = agent_of(equivalentTo=trained)
+    assert arguments[arguments.index("--equivalent-to") + 1] == trained
+    assert "--equivalent-to" not in agent_of()

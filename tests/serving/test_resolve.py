@@ -274,3 +274,23 @@ def test_a_pool_in_the_own_namespace_needs_no_other(
     found = choose(adapter(), "sha256:f", [pool("evil", namespace="other", allowedNamespaces=OPEN), pool("base")])
     assert isinstance(found, ServingPool)
     assert found.metadata.namespace == "team"
+
+
+def test_a_pool_serves_adapters_of_the_base_model_that_its_own_stands_for(
+    adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
+) -> None:
+    trained, quantised = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+    exact, cheap = pool("exact", fingerprint=trained), pool("cheap", fingerprint=quantised, equivalentTo=trained)
+
+    def found(serving: AdapterDeployment, *pools: ServingPool) -> ServingPool | Unresolved:
+        return choose_pool(serving, trained, candidates(serving, trained, pools, ()))
+
+    assert found(adapter(pool={"name": "cheap"}), exact, cheap) is cheap
+    assert found(adapter(), cheap) is cheap
+    assert found(adapter(), exact, cheap) is exact
+    attached = adapter(status={"pool": {"name": "cheap", "namespace": "team"}})
+    assert found(attached, exact, cheap) is cheap, "an adapter is not moved"
+    other = adapter(pool={"name": "cheap"})
+    refused = choose_pool(other, "sha256:" + "3" * 64, candidates(other, None, [cheap], ()))
+    assert isinstance(refused, Unresolved)
+    assert refused.reason == "BaseModelMismatch"

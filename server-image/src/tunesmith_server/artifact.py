@@ -58,6 +58,7 @@ class PodLimits:
         base: tensors of the base model.
         max_rank: highest LoRA rank that the engine accepts.
         max_ratio: highest ratio of the norm of an adapter's change to a module to the norm of the base model's weights.
+        equivalent_to: fingerprint of the base model that the pod's one stands for; None: none.
     """
 
     store: str
@@ -65,6 +66,7 @@ class PodLimits:
     base: BaseWeights
     max_rank: int
     max_ratio: float
+    equivalent_to: str | None = None
 
 
 class ArtifactSource(Protocol):
@@ -263,7 +265,7 @@ def check_manifest(document: bytes, digest: str, limits: PodLimits, bounds: Weig
     except ValueError as error:
         raise UnfitAdapterError(str(error)) from None
     _check_sizes(manifest.files, limits, bounds)
-    if manifest.base.fingerprint != limits.fingerprint:
+    if manifest.base.fingerprint not in {limits.fingerprint, limits.equivalent_to}:
         raise UnfitAdapterError(
             f"the adapter was trained on another base model ({manifest.base.uri}, {manifest.base.fingerprint}) "
             f"than the pool's ({limits.fingerprint})"

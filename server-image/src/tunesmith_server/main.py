@@ -124,7 +124,14 @@ async def serve(settings: ServeSettings) -> None:
     fingerprint = _fingerprint(settings.base_fingerprint_file, settings.base_model)
     base = _base_weights(settings.base_model)
     _check_sizes(settings.base_model, settings.gpus)
-    limits = PodLimits(settings.store, fingerprint, base, settings.max_lora_rank, settings.max_adapter_ratio)
+    limits = PodLimits(
+        settings.store,
+        fingerprint,
+        base,
+        settings.max_lora_rank,
+        settings.max_adapter_ratio,
+        settings.equivalent_to,
+    )
     metrics = Metrics()
     try:
         admin_token = prepare_engine(settings.state)

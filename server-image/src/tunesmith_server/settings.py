@@ -104,6 +104,8 @@ class ServeSettings(_StoreReaderSettings):
     """File with the base model's fingerprint; it is computed if the file does not exist."""
     base_artifact: Annotated[str | None, Field(pattern=r"^sha256:[0-9a-f]{64}$"), _POD] = None
     """Digest of the artifact whose whole model is the base model; absent: it is not a FineTuneJob's."""
+    equivalent_to: Annotated[str | None, Field(pattern=r"^sha256:[0-9a-f]{64}$"), _POD] = None
+    """Fingerprint of the base model that the pool's one stands for: adapters of both are accepted."""
     base_model_lock: Annotated[Path, _POD] = Path("/models/base.lock")
     """Link to the file that is locked while the pod uses a base model of a cache; the link may be missing."""
     store: Annotated[str, Internal("the operator sets it from store")]

@@ -48,6 +48,14 @@ ModelName = Annotated[
         "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
     ),
 ]
+Fingerprint = Annotated[
+    str,
+    Field(max_length=71),
+    StringPattern(
+        r"^sha256:[0-9a-f]{64}$",
+        "a fingerprint is sha256: and 64 hex digits, as in status.baseModelFingerprint of a ServingPool",
+    ),
+]
 min_below_max = Rule(
     "self.minReplicas <= self.maxReplicas",
     "autoscaling.minReplicas must not be above autoscaling.maxReplicas",
@@ -284,6 +292,12 @@ class ServingPoolSpec(ApiModel):
 
     model_name: ModelName = Field(description="Model name of the base model in clients' requests.")
     base_model: PoolBaseModel = Field(description="Base model of the pool.")
+    equivalent_to: Fingerprint | None = Field(
+        default=None,
+        description="Fingerprint of the base model that this one stands for, such as the one that it was quantised "
+        "from: status.baseModelFingerprint of a pool with that base model. Adapters of that one may attach, and their "
+        "parity check shows how far the engine's answers are from the trained ones. Absent: none.",
+    )
     base_model_cache: BaseModelCache | None = Field(
         default=None, description="Cache of downloaded base models. Absent: every pod downloads the base model."
     )
@@ -463,6 +477,10 @@ class ServingPool(ApiModel):
     def admits(self, namespace: str, labels: Mapping[str, str] | None) -> bool:
         """Return True if a namespace with these labels may attach adapters; see `AllowedNamespaces.admits`."""
         return self.spec.allowed_namespaces.admits(self.metadata.namespace, namespace, labels)
+
+    def serves(self, fingerprint: str) -> bool:
+        """Return True if adapters that were trained on the base model with this fingerprint may attach."""
+        return fingerprint in {self.status.base_model_fingerprint, self.spec.equivalent_to}
 
     @property
     def hold_seconds(self) -> float | None:

@@ -88,6 +88,11 @@ def artifact_arguments(pool: ServingPool) -> list[str]:
     return [] if digest is None else ["--base-artifact", digest]
 
 
+def equivalence_arguments(pool: ServingPool) -> list[str]:
+    """Return the arguments by which the agent accepts adapters of the base model that the pool's one stands for."""
+    return [] if pool.spec.equivalent_to is None else ["--equivalent-to", pool.spec.equivalent_to]
+
+
 def gpu_arguments(pool: ServingPool) -> list[str]:
     """Return the arguments by which both containers of the agent's image check that the engine can divide the model."""
     return ["--gpus", str(pool.spec.resources.gpus)] if pool.spec.resources.gpus > 1 else []

@@ -293,6 +293,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "--max-adapter-ratio", f"{settings.max_adapter_ratio:g}",
             "--base-fingerprint-file", base_model.FINGERPRINT_FILE,
             *base_model.artifact_arguments(pool),
+            *base_model.equivalence_arguments(pool),
             *base_model.gpu_arguments(pool),
             "--max-lora-rank", str(engine.max_lora_rank),
             "--max-adapters", str(engine.adapter_capacity),

@@ -195,7 +195,7 @@ def candidates(
             continue
         if pool.metadata.namespace == namespace or pool.metadata.namespace in shared:
             own.append(pool)
-        elif fingerprint is not None and pool.status.base_model_fingerprint == fingerprint:
+        elif fingerprint is not None and pool.serves(fingerprint):
             foreign.append(pool)
     return Candidates(found, admitted, own, foreign)
 
@@ -254,9 +254,7 @@ def choose_pool(
     if adapter.spec.pool is not None:
         return _if_rank_accepted(named_pool(adapter, adapter.spec.pool, fingerprint, pools), rank)
     namespace = adapter.metadata.namespace
-    matching = [
-        pool for pool in pools.own if fingerprint is not None and pool.status.base_model_fingerprint == fingerprint
-    ]
+    matching = [pool for pool in pools.own if fingerprint is not None and pool.serves(fingerprint)]
     if matching and not any(_accepts(pool, rank) for pool in matching):
         return _if_rank_accepted(max(matching, key=lambda pool: pool.spec.engine.max_lora_rank), rank)
     matching = [pool for pool in matching if _accepts(pool, rank)]
@@ -268,6 +266,8 @@ def choose_pool(
     ]
     if kept:
         return kept[0]
+    # A pool with an equivalent base model only if none has the adapter's own.
+    matching = [pool for pool in matching if pool.status.base_model_fingerprint == fingerprint] or matching
     if len(matching) == 1:
         return matching[0]
     if matching:
@@ -342,7 +342,7 @@ def named_pool(
             f"or name another pool; {_usable(adapter, pools)}",
         )
     pool_fingerprint = pool.status.base_model_fingerprint
-    if fingerprint is not None and pool_fingerprint is not None and fingerprint != pool_fingerprint:
+    if fingerprint is not None and pool_fingerprint is not None and not pool.serves(fingerprint):
         return Unresolved(
             Reason.BASE_MODEL_MISMATCH,
             f"the adapter was trained on the base {short(fingerprint)} and ServingPool "

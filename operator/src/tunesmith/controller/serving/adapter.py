@@ -254,6 +254,7 @@ def _pool_facts(pool: Object) -> tuple[object, ...]:
         spec.get("allowedNamespaces"),
         (spec.get("engine") or {}).get("maxLoraRank"),
         status.get("baseModelFingerprint"),
+        spec.get("equivalentTo"),
         status.get("baseModelArtifact"),
     )
 

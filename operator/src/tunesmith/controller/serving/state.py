@@ -261,9 +261,9 @@ def _source(adapter: Object) -> Iterable[str]:
 
 
 def _open_base(pool: Object) -> Iterable[str]:
-    fingerprint = (pool.get("status") or {}).get("baseModelFingerprint")
-    if fingerprint and is_shared(pool):
-        yield fingerprint
+    found = {(pool.get("status") or {}).get("baseModelFingerprint"), pool["spec"].get("equivalentTo")}
+    if is_shared(pool):
+        yield from (fingerprint for fingerprint in found if fingerprint)
 
 
 def is_shared(pool: Object) -> bool:
