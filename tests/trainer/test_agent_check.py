@@ -90,7 +90,7 @@ class FolderSource:
         return hashlib.sha256(target.read_bytes()).hexdigest()
 
 
-def refusal(artifact: Path, base: Path, work: Path) -> str | None:
+def refusal(artifact: Path, base: Path, work: Path, max_ratio: float = 4.0) -> str | None:
     """Return the agent's reason to reject an artifact that its manifest calls servable; None if it accepts it."""
     config = artifact / ADAPTER_CONFIG
     rank = json.loads(config.read_text()).get("r") if config.exists() else None
@@ -113,7 +113,7 @@ def refusal(artifact: Path, base: Path, work: Path) -> str | None:
     wanted = DesiredAdapter(
         engine_name=engine_name("team", "pirate", digest), digest=digest, uri=f"{STORE}/team/pirate-1/artifact"
     )
-    limits = PodLimits(STORE, FINGERPRINT, read_base_weights(base), max_rank=MAX_RANK, max_ratio=4.0)
+    limits = PodLimits(STORE, FINGERPRINT, read_base_weights(base), max_rank=MAX_RANK, max_ratio=max_ratio)
     work.mkdir()
     try:
         fetch_artifact(wanted, limits, work, lambda _: FolderSource(artifact))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,9 +21,10 @@ from tests.trainer.foreign_rig import (
     randomize,
     rename_tensors,
 )
+from tests.trainer.test_agent_check import refusal as agent_refusal
 from tunesmith.contracts.artifact import parse_manifest
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
-from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter_config
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,14 +37,15 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def assert_imported(folder: Path, base: Path, expected: torch.Tensor) -> Imported:
-    """Import the adapter in `folder`/adapter: plain PEFT computes the same with it, and vLLM's rules accept it."""
+    """Import the adapter in `folder`/adapter: plain PEFT computes the same with it, and a pool's agent accepts it."""
     imported = import_adapter(folder / "adapter", base, folder)
     assert imported.code == 0, imported.result.message
     assert (imported.logits(base) - expected).abs().max() <= TOLERANCE
     assert (logits(loaded(base)) - expected).abs().max() > 10 * TOLERANCE
     assert imported.result.artifact is not None
     assert imported.result.artifact.servable.vllm, imported.result.artifact.servable.reason
-    parse_adapter_config((imported.folder / ADAPTER_CONFIG).read_bytes())
+    copy = shutil.copytree(imported.folder, folder / "copy")
+    assert agent_refusal(copy, base, folder / "adapters", max_ratio=1e6) is None
     return imported
 
 
