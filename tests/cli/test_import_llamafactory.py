@@ -248,6 +248,19 @@ def test_every_other_key_is_reported() -> None:
     assert set(found.omitted) == {"alpaca.subset", "alpaca.tags.user_tag", "alpaca.columns.images"}
 
 
+def test_columns_of_several_data_sets() -> None:
+    found = translate(BASE | {"dataset": "alpaca,chats"}, INFO, "/", "/data")
+    assert found.spec["dataset"]["columns"] == {"messages": "conversations"}
+    assert "format" not in found.spec["dataset"]
+    assert found.omitted == {}
+    found = translate(BASE | {"dataset": "alpaca", "eval_dataset": "renamed"}, INFO, "/", "/data")
+    assert "columns" not in found.spec["dataset"]
+    assert (
+        'they differ (renamed {"instruction": "question", "output": "answer"})'
+        in (found.omitted["dataset_info.columns"])
+    )
+
+
 def test_splits() -> None:
     found = translate(BASE | {"dataset": "shared", "eval_dataset": "ranged"}, INFO, "/", "/data")
     assert found.spec["dataset"]["train"] == [{"uri": "hf://datasets/org/rows", "split": "train_prefs"}]
@@ -269,6 +282,13 @@ def test_texts_of_pretraining_are_split(given: dict[str, Any], expected: dict[st
 
 def test_a_warmup_that_is_a_share_of_the_run() -> None:
     assert spec(warmup_steps=0.1)["hyperparameters"]["warmupRatio"] == 0.1
+
+
+def test_steps_of_warmup_override_a_share() -> None:
+    found = translate(BASE | {"warmup_steps": 20, "warmup_ratio": 0.1}, INFO, "/", "/data")
+    assert found.spec["hyperparameters"]["warmupSteps"] == 20
+    assert "warmupRatio" not in found.spec["hyperparameters"]
+    assert found.changed["warmup_ratio"] == "warmup_steps overrides it, as in LLaMA-Factory"
 
 
 def test_fields_of_the_table_exist() -> None:

@@ -115,3 +115,28 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert job.metadata.name == "my-tone"
     assert job.spec.output is not None
     assert job.spec.output.reporting == ["WandB"]
+
+
+@pytest.mark.parametrize(
+    ("base", "uri"),
+    [
+        ("./models/base", "file://{folder}/models/base"),
+        ("org/base", "hf://org/base"),
+        ("hf://org/base", "hf://org/base"),
+    ],
+)
+def test_paths_and_names_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: str, uri: str
+) -> None:
+    (tmp_path / "job.json").write_text(json.dumps(JOB))
+    monkeypatch.chdir(tmp_path)
+    rows = ["--data", "data/train.jsonl", "--validation", "/rows/held-out.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["tunesmith", "import", "openai", "job.json", "--base", base, *rows])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    printed = capsys.readouterr()
+    assert not exited.value.code, printed.err
+    spec = parse_manifest(printed.out).spec
+    assert spec.base_model.uri == uri.format(folder=tmp_path)
+    assert [source.uri for source in spec.dataset.train] == [f"file://{tmp_path}/data/train.jsonl"]
+    assert [source.uri for source in spec.dataset.validation or []] == ["file:///rows/held-out.jsonl"]

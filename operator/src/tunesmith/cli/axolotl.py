@@ -19,6 +19,7 @@ from tunesmith.cli.translation import (
     Draft,
     Translation,
     UntranslatableError,
+    different_columns,
     model_uri,
 )
 from tunesmith.contracts.adapterconfig import names_of_pattern, read_initialization
@@ -204,7 +205,9 @@ class _Reader(Draft):
                 self.put("dataset.overlong", "Chunk")  # as Axolotl splits rows of the types completion and pretrain
         columns = [source.columns for source in (*rows, *held_out)]
         if any(columns[0] != other for other in columns[1:]):
-            self.omit("datasets[].field_*", "dataset.columns applies to all sources: rename the columns")
+            places = [f"datasets[{number}]" for number in range(len(rows))]
+            places += [f"test_datasets[{number}]" for number in range(len(held_out))]
+            self.omit("datasets[].field_*", different_columns(dict(zip(places, columns, strict=True))))
         elif columns[0]:
             self.put("dataset.columns", columns[0])
         if held_out:

@@ -17,7 +17,7 @@ from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.llamafactory import translate as translate_llamafactory
 from tunesmith.cli.openai_job import translate as translate_openai
 from tunesmith.cli.output import note, print_line
-from tunesmith.cli.translation import Translation, UntranslatableError
+from tunesmith.cli.translation import Translation, UntranslatableError, model_uri, rows_uri
 from tunesmith.contracts.adapterconfig import UnsupportedAdapterError, adapter_of
 from tunesmith.contracts.foreign_adapter import ForeignAdapterError, Layout, layout_of, translate_config
 
@@ -34,9 +34,12 @@ def options() -> None:
 @app.command()
 def peft(
     config: Annotated[Path, typer.Argument(help="An adapter_config.json of PEFT or MLX LM.")],
-    data: Annotated[str, typer.Option("--data", help="Uri of the training rows, which the file does not name.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Uri or path of the training rows, which the file does not name.")
+    ],
     base: Annotated[
-        str | None, typer.Option("--base", help="Uri of the base model. Absent: the one that the file names.")
+        str | None,
+        typer.Option("--base", help="Base model: a uri, a path or a name of the Hub. Absent: the one of the file."),
     ] = None,
     strict: StrictOption = False,  # noqa: FBT002 - typer's convention
 ) -> None:
@@ -58,12 +61,14 @@ def peft(
         found = adapter_of(document if base is None else {**document, "base_model_name_or_path": "its/base"})
     except (UnsupportedAdapterError, ForeignAdapterError) as error:
         raise CliError(f"{config}: {error}", Exit.USAGE) from None
-    source = found.base if base is None else {"uri": base}
+    folder = str(Path.cwd())
+    source = found.base if base is None else {"uri": model_uri(base, folder)}
     for key, what in found.changed.items():
         note(f"{key}: {what}")
     for key, hint in found.omitted.items():
         note(f"{key}: {json.dumps(document[key])} has no counterpart and is omitted" + (f": {hint}" if hint else ""))
-    _print(config, {"baseModel": source, "dataset": {"train": [{"uri": data}]}, "method": found.method})
+    train = [{"uri": rows_uri(data, folder)}]
+    _print(config, {"baseModel": source, "dataset": {"train": train}, "method": found.method})
     if strict and found.omitted:
         raise CliError(f"{len(found.omitted)} keys have no counterpart: {', '.join(found.omitted)}")
 
@@ -110,11 +115,18 @@ def llamafactory(
 @app.command()
 def openai(
     job: Annotated[Path, typer.Argument(help="A fine-tuning job: the JSON of GET /v1/fine_tuning/jobs/ID.")],
-    base: Annotated[str, typer.Option("--base", help="Uri of the base model, since OpenAI's cannot be downloaded.")],
-    data: Annotated[str, typer.Option("--data", help="Uri of the JSONL of training_file.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base", help="Base model, since OpenAI's cannot be downloaded: a uri, a path or a name of the Hub."
+        ),
+    ],
+    data: Annotated[str, typer.Option("--data", help="Uri or path of the JSONL of training_file.")],
     validation: Annotated[
         str | None,
-        typer.Option("--validation", help="Uri of the JSONL of validation_file. Absent: a share of the training rows."),
+        typer.Option(
+            "--validation", help="Uri or path of the JSONL of validation_file. Absent: a share of the training rows."
+        ),
     ] = None,
     strict: StrictOption = False,  # noqa: FBT002 - typer's convention
 ) -> None:
@@ -122,8 +134,12 @@ def openai(
 
     Example: tunesmith import openai job.json --base hf://org/model --data s3://bucket/train.jsonl > job.yaml
     """
+    folder = str(Path.cwd())
+    held_out = rows_uri(validation, folder) if validation is not None else None
     try:
-        found = translate_openai(_read(job, "a fine-tuning job of OpenAI's API"), base, data, validation)
+        found = translate_openai(
+            _read(job, "a fine-tuning job of OpenAI's API"), model_uri(base, folder), rows_uri(data, folder), held_out
+        )
     except UntranslatableError as error:
         raise CliError(f"{job}: {error}", Exit.USAGE) from None
     _report(job, found, strict=strict)

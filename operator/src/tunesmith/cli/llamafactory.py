@@ -19,6 +19,7 @@ from tunesmith.cli.translation import (
     NamedValues,
     Translation,
     UntranslatableError,
+    different_columns,
     file_uri,
     is_split,
     model_uri,
@@ -165,11 +166,12 @@ class _Reader(Draft):
         formats = {form for _, form, _ in rows}
         if len(formats) == 1:
             self.put("dataset.format", formats.pop())
-        columns = [found for _, _, found in rows]
-        if any(columns[0] != other for other in columns[1:]):
-            self.omit("dataset_info.columns", "dataset.columns applies to all sources: rename the columns")
-        elif columns[0]:
-            self.put("dataset.columns", columns[0])
+        columns = {name: found for name, (_, _, found) in zip((*names, *held_out), rows, strict=True)}
+        common = self._common([(form, found) for _, form, found in rows])
+        if common is None:
+            self.omit("dataset_info.columns", different_columns(columns))
+        elif common:
+            self.put("dataset.columns", common)
         if held_out:
             self.put("dataset.validation", [source for source, _, _ in rows[len(names) :]])
         elif self.number("val_size", 0) >= 1:
@@ -177,6 +179,19 @@ class _Reader(Draft):
         else:
             self.held_out_share("val_size")
         self._rows()
+
+    def _common(self, rows: list[tuple[str, dict[str, str]]]) -> dict[str, str] | None:
+        """Return names of columns that are right for all data sets; None if two of them name a field differently.
+
+        Args:
+            rows: format of each data set, and the names that differ from its fields' names.
+        """
+        common = {field: column for _, columns in rows for field, column in columns.items()}
+        for form, columns in rows:
+            for field in self._keys.columns[form].values():
+                if common.get(field, field) != columns.get(field, field):
+                    return None
+        return common
 
     def _rows(self) -> None:
         """Translate the options for reading rows."""
@@ -276,7 +291,8 @@ class _Reader(Draft):
             self.default("lr_scheduler_type", "hyperparameters.scheduler", "Linear")
         if self.number("warmup_steps", 0) > 0:
             self.warmup()
-            self.read("warmup_ratio")  # warmup_steps overrides it
+            if self.number("warmup_ratio", 0) > 0:
+                self.changed["warmup_ratio"] = "warmup_steps overrides it, as in LLaMA-Factory"
         else:
             self.default("warmup_ratio", "hyperparameters.warmupRatio", self.read("warmup_ratio", 0.0))
         self.published_step("early_stopping_steps")

@@ -215,6 +215,8 @@ def model_uri(name: str, folder: str) -> str:
     stored = canonical(name)
     if stored is not None:
         return stored.rstrip("/")
+    if "://" in name:
+        return name
     return file_uri(name, folder) if name.startswith(("/", "./", "../")) else f"hf://{name}"
 
 
@@ -224,6 +226,21 @@ def remote_uri(name: str) -> str | None:
         return name
     stored = canonical(name)
     return None if stored is None else stored.rstrip("/")
+
+
+def rows_uri(name: str, folder: str) -> str:
+    """Return the uri of rows: as it is, or that of a path in a folder."""
+    return remote_uri(name) or (name if "://" in name else file_uri(name, folder))
+
+
+def different_columns(columns: Mapping[str, Mapping[str, str]]) -> str:
+    """Return what to do about sources whose columns have different names.
+
+    Args:
+        columns: names of columns that differ from their fields' names, by the source's name.
+    """
+    found = "; ".join(f"{name} {json.dumps(names)}" for name, names in columns.items() if names)
+    return f"dataset.columns applies to all sources, and they differ ({found}): rename the columns of the rows"
 
 
 def is_split(name: object) -> bool:
