@@ -86,6 +86,15 @@ def test_files_of_an_incomplete_job_are_kept(status: dict[str, Any]) -> None:
     assert decisions(jobs=[resource("FineTuneJob", status=status)]) == {}
 
 
+def test_imported_adapters_are_removable_once_their_adapterdeployment_is_deleted() -> None:
+    files = stored(["import-0a1b2c3d/artifact/tunesmith.json", "import-0a1b2c3d/artifact/README.md", "owner.json"])
+    assert decisions(files=files, others=[resource("AdapterDeployment")]) == {}
+    assert decisions(files=files) == {"artifact": None}
+    assert decisions(files=files, artifacts=False) == {"artifact": PUBLISHED}
+    unfinished = stored(["import-0a1b2c3d/artifact/README.md", "owner.json"])
+    assert decisions(files=unfinished, artifacts=False) == {"unpublished": None}
+
+
 def test_only_temporary_files_of_a_complete_job_are_removable() -> None:
     complete = {
         "conditions": [{"type": "Complete", "status": "True"}],
@@ -155,7 +164,7 @@ def test_a_uri_with_the_same_prefix_is_not_a_reference() -> None:
     [
         (None, "it has no owner.json, so its owner is unknown"),
         (OURS.model_copy(update={"cluster": "elsewhere"}), "it belongs to another cluster"),
-        (OURS.model_copy(update={"uid": OTHER_UID}), "its owner.json names another FineTuneJob"),
+        (OURS.model_copy(update={"uid": OTHER_UID}), "its owner.json names another resource"),
     ],
     ids=["without an owner", "another cluster's", "a copy"],
 )

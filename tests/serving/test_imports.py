@@ -84,7 +84,9 @@ def test_the_job_is_rendered_as_the_golden_file(adapter: Callable[..., Any], poo
     assert wanted.spec.adapter_from.artifact is not None
     base_model = ImportBase("hf://org/base", "main", "hub")
     assert base_of(base) == base_model
-    rendered = import_job(wanted, wanted.spec.adapter_from.artifact, base_model, SETTINGS)
+    rendered = import_job(
+        wanted, wanted.spec.adapter_from.artifact, base_model, SETTINGS, "0f0e0d0c-0000-4000-8000-00000000000c"
+    )
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(yaml.safe_dump(rendered, sort_keys=False))
     assert rendered == yaml.safe_load(GOLDEN.read_text()), "UPDATE_GOLDEN=1 writes it again"

@@ -18,6 +18,7 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import parse_manifest
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
+from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, Parity
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
 
@@ -48,6 +49,14 @@ def test_a_peft_adapter_becomes_an_artifact_with_the_same_logits(base_model: Pat
     assert result.imported.base_model_fingerprint == manifest.base.fingerprint
     assert result.artifact is not None
     assert result.artifact.servable.vllm
+
+
+def test_the_owner_is_recorded_in_the_folder_of_the_store(base_model: Path, tmp_path: Path) -> None:
+    peft_adapter(base_model, tmp_path / "adapter")
+    owner = Owner(cluster="here", namespace="team", name="doors", uid="1-2")
+    options = ("--job-folder", f"file://{tmp_path}/store", "--cluster", "here", "--owner", "team/doors/1-2")
+    assert import_adapter(tmp_path / "adapter", base_model, tmp_path, *options).code == 0
+    assert Owner.model_validate_json((tmp_path / "store" / OWNER_FILE).read_bytes()) == owner
 
 
 def test_a_second_attempt_finds_the_artifact_of_the_first(base_model: Path, tmp_path: Path) -> None:

@@ -95,12 +95,6 @@ def _parser() -> argparse.ArgumentParser:
             " `train` writes to a local folder; otherwise they are not kept)",
         )
         command.add_argument(
-            "--job-folder",
-            metavar="URI",
-            help=f"folder of the job in the store, where {OWNER_FILE} is written (default: none)",
-        )
-        command.add_argument("--cluster", metavar="ID", help=f"the cluster's identity, for {OWNER_FILE}")
-        command.add_argument(
             "--progress-port",
             type=int,
             default=PROGRESS_PORT,
@@ -137,10 +131,17 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output", required=True, metavar="LOCATION", help="URI of the artifact's folder, or a folder for artifact/"
     )
+    command.add_argument("--owner", metavar="NAMESPACE/NAME/UID", help=f"the adapter, for {OWNER_FILE}")
     _add_process_options(command)
 
 
 def _add_process_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--job-folder",
+        metavar="URI",
+        help=f"folder of the job, or of the adapter, in the store, where {OWNER_FILE} is written (default: none)",
+    )
+    command.add_argument("--cluster", metavar="ID", help=f"the cluster's identity, for {OWNER_FILE}")
     command.add_argument(
         "--work",
         type=Path,

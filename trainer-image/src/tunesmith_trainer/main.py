@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.storage.credentials import Scrubber
-    from tunesmith.storage.folder import Folder, Retry
+    from tunesmith.storage.folder import Retry
     from tunesmith_trainer.options import ProcessOptions, RunOptions
     from tunesmith_trainer.stages import Attempt
     from tunesmith_trainer.store import Stores
@@ -169,6 +169,10 @@ def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None)
 def _import(options: ImportOptions, termination: Termination, scrubber: Scrubber) -> TrainerResult:
     """Import an adapter of another trainer."""
     stores = _stores(options, termination, scrubber, None)
+    if options.job_folder and options.cluster and options.owner:
+        namespace, name, uid = options.owner.split("/")
+        owner = Owner(cluster=options.cluster, namespace=namespace, name=name, uid=uid)
+        _record_owner(owner, stores, options.job_folder)
     with _work_folder(options.work) as work:
         from tunesmith_trainer.foreign.adapter import run  # noqa: PLC0415
 
@@ -219,8 +223,9 @@ def _run_stage(options: RunOptions, job: FineTuneJob, termination: Termination, 
     long_retries = options.command is Command.TRAIN and not options.allow_file
     stores = _stores(options, termination, scrubber, TRAINING_RETRY if long_retries else None)
     if options.job_folder and options.cluster and termination.ranks.first:
-        folder = stores.folder(options.job_folder, what="the job's folder", missing=StorageUnavailableError)
-        _record_owner(job, options.cluster, folder)
+        metadata = job.metadata
+        owner = Owner(cluster=options.cluster, namespace=metadata.namespace, name=metadata.name, uid=metadata.uid)
+        _record_owner(owner, stores, options.job_folder)
     with _work_folder(options.work) as work:
         # Libraries read the location of their cache when they are imported.
         from tunesmith_trainer import stages  # noqa: PLC0415
@@ -273,10 +278,9 @@ def _train(attempt: Attempt) -> TrainerResult:
     return result if missed is None else result.model_copy(update={"message": f"{result.message}; {missed}"})
 
 
-def _record_owner(job: FineTuneJob, cluster: str, folder: Folder) -> None:
-    """Record the job's owner in its folder, once, before anything else is written there."""
-    metadata = job.metadata
-    owner = Owner(cluster=cluster, namespace=metadata.namespace, name=metadata.name, uid=metadata.uid)
+def _record_owner(owner: Owner, stores: Stores, uri: str) -> None:
+    """Record the owner of a folder in it, once, before anything else is written there."""
+    folder = stores.folder(uri, what="the owner's folder", missing=StorageUnavailableError)
     folder.create(OWNER_FILE, owner.model_dump_json(by_alias=True).encode())
 
 

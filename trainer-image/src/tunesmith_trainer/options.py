@@ -29,6 +29,8 @@ class ProcessOptions:
         format: format of the progress on standard output.
         progress_port: port of `/progress` and `/metrics`; 0: they are not served.
         allow_file: True outside a cluster: `file://` and local folders are allowed.
+        job_folder: URI of the owner's folder in the store, for the owner file; None: no such file.
+        cluster: identity of the cluster, for the owner file.
         work: folder for downloads and temporary files; None: `$TUNESMITH_WORK`, or a temporary folder.
         termination_message: file for the result; None: Kubernetes' default, if it exists.
         output: URI of the artifact's folder, or a local folder; empty for `validate`.
@@ -39,6 +41,8 @@ class ProcessOptions:
     format: Form
     progress_port: int
     allow_file: bool = False
+    job_folder: str | None = None
+    cluster: str | None = None
     work: Path | None = None
     termination_message: Path | None = None
     output: str = ""
@@ -60,6 +64,7 @@ class ImportOptions(ProcessOptions):
         base: URI of the base model.
         base_revision: its revision, on the Hugging Face Hub.
         base_secret: name of the Secret for the base model's URI.
+        owner: `<namespace>/<name>/<uid>` of the AdapterDeployment, for the owner file.
     """
 
     adapter: str
@@ -68,6 +73,7 @@ class ImportOptions(ProcessOptions):
     secret: str | None = None
     base_revision: str | None = None
     base_secret: str | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +86,6 @@ class RunOptions(ProcessOptions):
         checkpoints: URI of the checkpoints' folder; None: beside the artifact.
         tokens: URI of the folder that keeps tokenised rows; None: beside the artifact in a local run, otherwise not
             kept.
-        job_folder: URI of the job's folder in the store, for the owner file; None: no such file.
-        cluster: identity of the cluster, for the owner file.
         gpu_memory_bytes: memory of the GPU that the job will get; None: unknown. `validate` only.
         deadline_seconds: time limit for all checks together; None: no limit. `validate` only.
     """
@@ -90,7 +94,5 @@ class RunOptions(ProcessOptions):
     allow_task_code: bool = False
     checkpoints: str | None = None
     tokens: str | None = None
-    job_folder: str | None = None
-    cluster: str | None = None
     gpu_memory_bytes: int | None = None
     deadline_seconds: float | None = None

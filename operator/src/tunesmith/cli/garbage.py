@@ -1,4 +1,4 @@
-"""Leftovers of FineTuneJobs in the store and the decision which of them to remove. Pure."""
+"""Leftovers of FineTuneJobs and imported adapters in the store and the decision which of them to remove. Pure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class JobFolder:
-    """The folder of a FineTuneJob, `<namespace>/<job>-<uid>`."""
+    """The folder of a FineTuneJob or of an imported adapter, `<namespace>/<name>-<uid>`."""
 
     namespace: str
     name: str
@@ -86,8 +86,9 @@ class Resources:
     """AdapterDeployments and ServingPools."""
 
     def find(self, folder: JobFolder) -> Object | None:
-        """Return the FineTuneJob that owns the folder, or None."""
-        return next((job for job in self.jobs if job["metadata"]["uid"] == folder.uid), None)
+        """Return the FineTuneJob or AdapterDeployment that owns the folder, or None."""
+        owners = (*self.jobs, *self.others)
+        return next((owner for owner in owners if owner["metadata"]["uid"] == folder.uid), None)
 
     @cached_property
     def references(self) -> list[tuple[str, str]]:
@@ -180,8 +181,9 @@ def _parts(folder: JobFolder, *, deleted: bool, artifacts: bool) -> Iterator[tup
     rest = [file for file in folder.files if file not in temporary and file not in owner]
     # Delete the manifest first, so that a half-deleted artifact is never found.
     rest.sort(key=lambda file: (not file.path.endswith(f"/{ARTIFACT_MANIFEST}"), file.path))
-    manifest = f"{ARTIFACT_FOLDER}/{ARTIFACT_MANIFEST}"
-    published = any(file.path[below:] == manifest for file in rest)
+    # An imported adapter has a folder for each of its imports.
+    manifest = f"/{ARTIFACT_FOLDER}/{ARTIFACT_MANIFEST}"
+    published = any(f"/{file.path[below:]}".endswith(manifest) for file in rest)
     if deleted and (artifacts or not published):
         (rest or temporary).extend(owner)
     if temporary:
@@ -197,7 +199,7 @@ def _ownership(folder: JobFolder, owner: Owner | None, resources: Resources) -> 
     if owner.cluster != resources.cluster:
         return "it belongs to another cluster"
     if (owner.namespace, owner.name, owner.uid) != (folder.namespace, folder.name, folder.uid):
-        return f"its {OWNER_FILE} names another FineTuneJob"
+        return f"its {OWNER_FILE} names another resource"
     return None
 
 

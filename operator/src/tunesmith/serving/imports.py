@@ -307,11 +307,17 @@ def is_import_of(adapter: AdapterDeployment, job: Object) -> bool:
     )
 
 
-def import_job(adapter: AdapterDeployment, source: ImportedArtifact, base: ImportBase, settings: JobSettings) -> Object:
-    """Return the Job that imports an adapter on a CPU."""
+def import_job(
+    adapter: AdapterDeployment, source: ImportedArtifact, base: ImportBase, settings: JobSettings, cluster: str = ""
+) -> Object:
+    """Return the Job that imports an adapter on a CPU. `cluster`: UID of its namespace kube-system; empty if unknown."""
     metadata = adapter.metadata
     output = location(adapter, source, base, settings.store)
     arguments = [IMPORT, "--adapter", source.uri, "--base", base.uri, "--output", output]
+    if cluster:
+        folder = job_folder(settings.store, metadata.namespace, metadata.name, metadata.uid)
+        owner = f"{metadata.namespace}/{metadata.name}/{metadata.uid}"
+        arguments += ["--job-folder", folder, "--cluster", cluster, "--owner", owner]
     arguments += ["--digest", source.digest] if source.digest is not None else []
     arguments += ["--base-revision", base.revision] if base.revision is not None else []
     secrets = []
@@ -328,13 +334,13 @@ def import_job(adapter: AdapterDeployment, source: ImportedArtifact, base: Impor
     }
     template = pod(settings, labels, PodInputs(arguments, _RESOURCES, secrets=secrets, claims=claims))
     template["spec"]["activeDeadlineSeconds"] = IMPORT_SECONDS
-    owner = owner_reference(adapter.api_version, adapter.kind, metadata.name, metadata.uid)
+    reference = owner_reference(adapter.api_version, adapter.kind, metadata.name, metadata.uid)
     return trainer_job(
         {
             "name": job_name(adapter, source, base),
             "namespace": metadata.namespace,
             "labels": labels,
-            "ownerReferences": [owner],
+            "ownerReferences": [reference],
         },
         template,
         [on_disruption("Ignore"), on_exit_codes("FailJob", ExitCode.USER_FAULT)],

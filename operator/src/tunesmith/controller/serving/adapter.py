@@ -154,7 +154,7 @@ class AdapterDeploymentReconciler:
             await self._executor.delete(uid, jobs[name], "Background")
         if decision.create is None:
             return decision
-        rendered = import_job(adapter, source, decision.create, settings)
+        rendered = import_job(adapter, source, decision.create, settings, self._context.cluster_uid)
         try:
             refusal = await self._executor.create(uid, rendered)
         except AlreadyExistsError:
