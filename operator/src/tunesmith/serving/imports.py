@@ -310,7 +310,7 @@ def is_import_of(adapter: AdapterDeployment, job: Object) -> bool:
 def import_job(
     adapter: AdapterDeployment, source: ImportedArtifact, base: ImportBase, settings: JobSettings, cluster: str = ""
 ) -> Object:
-    """Return the Job that imports an adapter on a CPU. `cluster`: UID of its namespace kube-system; empty if unknown."""
+    """Return the Job that imports an adapter on a CPU. `cluster`: UID of its kube-system, or empty."""
     metadata = adapter.metadata
     output = location(adapter, source, base, settings.store)
     arguments = [IMPORT, "--adapter", source.uri, "--base", base.uri, "--output", output]
