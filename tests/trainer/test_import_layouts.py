@@ -229,12 +229,25 @@ def test_an_initialization_that_changes_the_base_is_undone(
     expected = initialized(base_model, tmp_path / "adapter", initialization, **config)
     imported = assert_imported(tmp_path, base_model, expected)
     assert imported.config["r"] == 8
-    assert "doubles the rank" in changes(imported)[0]
+    assert "with the untrained adapter, which doubles the rank" in changes(imported)[0]
 
 
-def test_without_the_untrained_adapter_such_an_initialization_is_refused(base_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("initialization", ["pissa", "olora"])
+@pytest.mark.parametrize(
+    "config", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}}]
+)
+def test_such_an_initialization_is_computed_from_the_base(
+    base_model: Path, tmp_path: Path, initialization: str, config: dict[str, Any]
+) -> None:
+    expected = initialized(base_model, tmp_path / "adapter", initialization, **config)
+    (tmp_path / "adapter" / f"{initialization}_init").rename(tmp_path / "elsewhere")
+    imported = assert_imported(tmp_path, base_model, expected)
+    assert "computed from the base, which doubles the rank" in changes(imported)[0]
+
+
+def test_a_random_initialization_is_refused_without_the_untrained_adapter(base_model: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    initialized(base_model, adapter, "pissa")
+    initialized(base_model, adapter, "pissa_niter_4")
     (adapter / "pissa_init").rename(adapter / "elsewhere")
     text = refusal(tmp_path, base_model)
     assert "put the untrained adapter into the sub-folder pissa_init, or save it with PEFT's path_initial_model" in text

@@ -207,23 +207,28 @@ def changes_base(config: Mapping[str, Any]) -> Initialization | None:
     return found if is_changed else None
 
 
-def initial_folder(initialization: Initialization, folders: Collection[str]) -> str:
-    """Return the name of the sub-folder with the untrained adapter.
+def initial_folder(initialization: Initialization, folders: Collection[str]) -> str | None:
+    """Return the name of the sub-folder with the untrained adapter; None if there is none."""
+    name = _INITIAL_FOLDERS.get(initialization)
+    return name if name in folders else None
 
-    Raises:
-        ForeignAdapterError: it does not exist; states how to get the adapter for the original base.
-    """
+
+def follows_from_base(initialization: Initialization) -> bool:
+    """Return True if the product of the untrained matrices follows from the base's weights alone."""
+    return initialization in {Initialization.PISSA, Initialization.OLORA}
+
+
+def other_base(initialization: Initialization, folders: Collection[str], why: str) -> ForeignAdapterError:
+    """Return the error for an adapter whose untrained matrices are unknown. `why`: ends its first part; may be empty."""
     if _CONVERTED in folders and initialization in {Initialization.PISSA, Initialization.FAST_PISSA}:
-        raise ForeignAdapterError(
+        return ForeignAdapterError(
             f"it fits the base that {initialization} changed: name its sub-folder {_CONVERTED}, which has the adapter "
             "for the original base"
         )
     name = _INITIAL_FOLDERS.get(initialization)
-    if name is not None and name in folders:
-        return name
     untrained = f"put the untrained adapter into the sub-folder {name}, or " if name is not None else ""
-    raise ForeignAdapterError(
-        f"it was initialized with {initialization}, which changes the base, so it does not fit the original one: "
+    return ForeignAdapterError(
+        f"it was initialized with {initialization}, which changes the base, so it does not fit the original one{why}: "
         f"{untrained}save it with PEFT's path_initial_model_for_weight_conversion"
     )
 

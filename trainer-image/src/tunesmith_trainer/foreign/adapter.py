@@ -27,7 +27,6 @@ from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.contracts.servability import ADAPTER_WEIGHTS
 from tunesmith_trainer.artifact import package, parity
-from tunesmith_trainer.artifact.main_memory import available_memory
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.errors import AdapterNotFoundError, InvalidSpecError, StorageUnavailableError
 from tunesmith_trainer.foreign.base import open_base
@@ -48,9 +47,6 @@ if TYPE_CHECKING:
 
 _MAX_OTHER_BYTES = 2**26
 """Largest file of an artifact besides its weights."""
-_MEMORY_SHARE = 0.7
-"""Share of the available main memory that the base's weights may have for its answers to be recorded: reading them
-layer by layer from disk for each token would take hours for a large model."""
 _VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "safetensors")
 
 
@@ -190,9 +186,9 @@ def _converted(
 def _record_parity(folder: Path, base: Base, progress: Progress) -> float | None:
     """Record the answers of base and adapter; return their gap in nats; None if the base does not fit in memory."""
     sizes = [base.remote.size(name) for name in base.remote.names() if name.endswith(".safetensors")]
-    needed, available = sum(sizes), int(_MEMORY_SHARE * available_memory())
-    if needed > available:
-        progress.write_line(f"  no answers recorded: the base has {needed} bytes, and {available} fit into memory")
+    if not base.fits(sum(sizes)):
+        # Reading the layers from disk for each token would take hours for a large model.
+        progress.write_line(f"  no answers recorded: the base's {sum(sizes)} bytes do not fit into memory")
         return None
     weights = model.fetch_base(base.remote, base.folder, weights=True)
     tokenizer = model.load_tokenizer(weights, base.source.uri)

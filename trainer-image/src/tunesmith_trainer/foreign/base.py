@@ -13,6 +13,7 @@ from tunesmith.api.finetunejob import BaseModelSource
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.contracts.servability import MAX_RANK
+from tunesmith_trainer.artifact.main_memory import available_memory
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.base_model.stored import stored_quantization
 from tunesmith_trainer.errors import BaseModelNotFoundError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 2**24
 """Longest header of an adapter's weights."""
 _FLOAT_BYTES = 4
+_MEMORY_SHARE = 0.7
+"""Share of the available main memory that the base's weights may have."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Base:
     largest_adapter: int
     """Bytes of the largest adapter: all matrices of all modules with the highest rank, and copies of all embeddings."""
     modules: Modules
+
+    def fits(self, size: int) -> bool:
+        """Return True if the base's weights with this size, in bytes, leave memory for the rest."""
+        return size <= _MEMORY_SHARE * available_memory()
 
 
 def open_base(options: ImportOptions, stores: Stores, work: Path) -> Base:

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, get_peft_model_state_dict
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from tunesmith.contracts.foreign_adapter import (
@@ -15,12 +16,16 @@ from tunesmith.contracts.foreign_adapter import (
     Layout,
     changes_base,
     find_layout,
+    follows_from_base,
     initial_folder,
+    other_base,
     translate_config,
 )
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES
 from tunesmith.contracts.strict_json import parse_object
+from tunesmith_trainer.base_model import model
+from tunesmith_trainer.base_model.stored import load_published
 from tunesmith_trainer.foreign.base import MAX_HEADER_BYTES, parameters
 from tunesmith_trainer.foreign.weights import adapter_config, renamed, without_copies
 from tunesmith_trainer.methods import weightless
@@ -28,15 +33,16 @@ from tunesmith_trainer.methods.conversion import difference_from_initial, publis
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
-    import torch
     from transformers import PretrainedConfig
 
+    from tunesmith.api.methods.lora import Initialization
     from tunesmith.storage.folder import Folder
     from tunesmith_trainer.foreign.base import Base
 
+_FLOAT_BYTES = 4
 _MAX_TENSORS = 2**16
 _MAX_CONFIG_VALUES = 65_536
 
@@ -71,25 +77,26 @@ def convert(remote: Folder, names: frozenset[str], folder: Path, base: Base) -> 
     changes = [] if layout is Layout.PEFT else [f"converted from the layout of {layout}"]
     if others:
         kept = without_copies(others, parameters(base, others))
-        matrices = {name: tensor for name, tensor in matrices.items() if name not in others}
         config = {key: value for key, value in config.items() if key != "modules_to_save"}
         changes.append(f"left out {', '.join(kept)}, which equal the base's")
     initialization = changes_base(config)
     if initialization is not None:
-        untrained = remote.child(initial_folder(initialization, folders))
-        initial, _, _ = _weights(untrained, layout, folder.parent / "initial.safetensors", base)
-        config = {**config, "init_lora_weights": True}
-        written = published_config(
-            adapter_config(config, matrices, base.names), sorted(_modules(matrices)), doubled=True
-        )
-        if {name: tensor.shape for name, tensor in initial.items()} != {
-            name: tensor.shape for name, tensor in matrices.items()
-        }:
-            raise ForeignAdapterError(
-                f"the untrained adapter in {untrained.uri} has other tensors than the trained one"
+        trained = adapter_config({**config, "init_lora_weights": True}, matrices, base.names)
+        untrained = initial_folder(initialization, folders)
+        if untrained is not None:
+            initial, _, _ = _weights(remote.child(untrained), layout, folder.parent / "initial.safetensors", base)
+            how = "with the untrained adapter"
+        else:
+            initial = _computed(
+                initialization, {**trained, "init_lora_weights": config["init_lora_weights"]}, base, folders
             )
+            how = "computed from the base"
+        shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (matrices, initial)]
+        if shapes[0] != shapes[1]:
+            raise ForeignAdapterError(f"the untrained adapter in {untrained} has other tensors than the trained one")
+        written = published_config(trained, sorted(_modules(matrices)), doubled=True)
         matrices = difference_from_initial(matrices, initial)
-        changes.append(f"undid the initialization {initialization}, which doubles the rank")
+        changes.append(f"undid the initialization {initialization}, {how}, which doubles the rank")
     else:
         written = adapter_config(config, matrices, base.names)
     written |= {
@@ -101,6 +108,28 @@ def convert(remote: Folder, names: frozenset[str], folder: Path, base: Base) -> 
         json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     return Converted(layout, sha256, written, sorted(_modules(matrices)), changes)
+
+
+def _computed(
+    initialization: Initialization, config: Mapping[str, Any], base: Base, folders: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Return the matrices with which PEFT initializes such an adapter.
+
+    Signs of singular vectors may differ from those of the trainer's, but not the product of the matrices.
+
+    Raises:
+        ForeignAdapterError: they do not follow from the base, or it does not fit into memory.
+    """
+    if not follows_from_base(initialization) or base.modules.stored is not None:
+        raise other_base(initialization, folders, "")
+    if not base.fits(_FLOAT_BYTES * base.modules.parameters):
+        raise other_base(
+            initialization, folders, ", which is too large for the memory of this pod to compute its start"
+        )
+    weights = model.fetch_base(base.remote, base.folder, weights=True)
+    wrapped = get_peft_model(load_published(weights, torch.float32), LoraConfig.from_peft_type(**config))
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return state
 
 
 def _config(remote: Folder) -> dict[str, Any]:
