@@ -245,6 +245,23 @@ def test_such_an_initialization_is_computed_from_the_base(
     assert "computed from the base, which doubles the rank" in changes(imported)[0]
 
 
+def test_a_base_that_does_not_fit_into_memory(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith_trainer.foreign.base.available_memory", lambda: 1000)
+    peft_adapter(base_model, tmp_path / "adapter")
+    imported = import_adapter(tmp_path / "adapter", base_model, tmp_path)
+    assert imported.code == 0
+    assert imported.result.imported is not None
+    assert imported.result.imported.parity is False
+    assert "its expected answers were not recorded, for want of memory" in imported.result.message
+    work = tmp_path / "pissa"
+    work.mkdir()
+    initialized(base_model, work / "adapter", "pissa")
+    (work / "adapter" / "pissa_init").rename(work / "elsewhere")
+    assert "its start cannot be computed in this memory" in refusal(work, base_model)
+
+
 def test_a_random_initialization_is_refused_without_the_untrained_adapter(base_model: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     initialized(base_model, adapter, "pissa_niter_4")

@@ -219,7 +219,7 @@ def follows_from_base(initialization: Initialization) -> bool:
 
 
 def other_base(initialization: Initialization, folders: Collection[str], why: str) -> ForeignAdapterError:
-    """Return the error for an adapter whose untrained matrices are unknown. `why`: ends its first part; may be empty."""
+    """Return the error for an adapter whose untrained matrices are unknown. `why`: ends its first part."""
     if _CONVERTED in folders and initialization in {Initialization.PISSA, Initialization.FAST_PISSA}:
         return ForeignAdapterError(
             f"it fits the base that {initialization} changed: name its sub-folder {_CONVERTED}, which has the adapter "

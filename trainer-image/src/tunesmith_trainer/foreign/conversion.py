@@ -123,9 +123,7 @@ def _computed(
     if not follows_from_base(initialization) or base.modules.stored is not None:
         raise other_base(initialization, folders, "")
     if not base.fits(_FLOAT_BYTES * base.modules.parameters):
-        raise other_base(
-            initialization, folders, ", which is too large for the memory of this pod to compute its start"
-        )
+        raise other_base(initialization, folders, " and its start cannot be computed in this memory")
     weights = model.fetch_base(base.remote, base.folder, weights=True)
     wrapped = get_peft_model(load_published(weights, torch.float32), LoraConfig.from_peft_type(**config))
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
