@@ -353,7 +353,7 @@ def test_an_adapter_is_deployed_and_moved_to_the_next_version(apiserver: ApiServ
     code, output, problems = tunesmith(apiserver, *given)
     sentence = f"AdapterDeployment {namespace}/tone is created: it serves the adapter of job tone.\n"
     assert (code, output, problems) == (0, sentence, f"Next: tunesmith wait adapter tone -n {namespace}\n")
-    common = {"pool": {"name": "small"}, "modelName": "support", "replicas": 2}
+    common = {"pool": {"name": "small"}, "modelName": "support", "replicas": 2, "parity": "Report"}
     assert spec() == {"adapterFrom": {"fineTuneJob": {"name": "tone"}}, **common}
 
     code, output, _ = tunesmith(apiserver, "deploy", "tone-2", "-n", namespace, "--name", "tone")
@@ -368,6 +368,23 @@ def test_an_adapter_is_deployed_and_moved_to_the_next_version(apiserver: ApiServ
     set_status(apiserver, "finetunejob", namespace, "tone", phase="Failed", conditions=failed)
     code, _, problems = tunesmith(apiserver, "deploy", "tone", "-n", namespace)
     assert (code, "failed (OutOfMemory) and has no adapter to serve" in problems) == (1, True)
+
+
+def test_a_job_is_deployed_if_it_has_a_whole_model_instead_of_a_servable_adapter(
+    apiserver: ApiServer, namespace: str
+) -> None:
+    artifact = {
+        "uri": "s3://store/a",
+        "digest": DIGEST,
+        "sizeBytes": 1,
+        "servable": {"vllm": False, "reason": "it uses DoRA"},
+    }
+    for name, merge in (("alone", "None"), ("merged", "Original")):
+        apiserver.apply(job(namespace, name, output={"merge": merge}))
+        set_status(apiserver, "finetunejob", namespace, name, phase="Complete", artifact=artifact)
+    code, _, problems = tunesmith(apiserver, "deploy", "alone", "-n", namespace)
+    assert (code, "cannot load the adapter" in problems) == (1, True)
+    assert tunesmith(apiserver, "deploy", "merged", "-n", namespace)[0] == 0
 
 
 def test_two_jobs_are_compared(apiserver: ApiServer, namespace: str) -> None:

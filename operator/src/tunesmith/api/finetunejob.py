@@ -251,6 +251,12 @@ class FineTuneJobSpec(ApiModel):
         return ObjectiveName.SFT if self.objective is None else self.objective.name
 
     @property
+    def publishes_whole_model(self) -> bool:
+        """True if the result includes a model with all weights: merged, or fully trained."""
+        merged = self.output is not None and self.output.merge is not Merge.NONE
+        return merged or self.method.full is not None
+
+    @property
     def shardable(self) -> bool:
         """True if the base's weights can be sharded over ranks."""
         whole = self.method.full is not None and self.hyperparameters.optimizer not in SHARDED_OPTIMIZERS

@@ -100,12 +100,12 @@ async def _deploy(
 
 
 def _check_job(job: FineTuneJob) -> None:
-    """Raise a CliError for a job that cannot publish a servable adapter."""
+    """Raise a CliError for a job that publishes neither an adapter that vLLM can load nor a whole model."""
     end, title = final_condition(job), f"FineTuneJob {job.metadata.namespace}/{job.metadata.name}"
     if end is not None and end.type == "Failed":
         raise CliError(f"{title} failed ({end.reason}) and has no adapter to serve: choose another job")
     artifact = job.status.artifact
-    if artifact is not None and not artifact.servable.vllm:
+    if artifact is not None and not artifact.servable.vllm and not job.spec.publishes_whole_model:
         raise CliError(f"vLLM cannot load the adapter of {title}: {artifact.servable.reason or 'no reason reported'}")
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from tunesmith.api.adapterdeployment import PoolReference
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import FineTuneJobCondition, find, is_true
-from tunesmith.api.output import Merge
 from tunesmith.api.pool_base_model import BaseModelArtifact
 from tunesmith.contracts.location import MERGED_FOLDER, artifact_uri, beside_artifact
 
@@ -106,13 +105,11 @@ def resolve_artifact(
 
 def whole_model(job: FineTuneJob, store: str) -> BaseModelArtifact | None:
     """Return the whole model that belongs to a job's artifact; None if there is none."""
-    artifact, output = job.status.artifact, job.spec.output
-    if artifact is None:
+    artifact = job.status.artifact
+    if artifact is None or not job.spec.publishes_whole_model:
         return None
     uri = artifact_uri(store, job.metadata.namespace, job.metadata.name, job.metadata.uid)
     if job.spec.method.full is None:
-        if output is None or output.merge is Merge.NONE:
-            return None
         uri = beside_artifact(uri, MERGED_FOLDER)
     return BaseModelArtifact(digest=artifact.digest, uri=uri)
 
