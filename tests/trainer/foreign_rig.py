@@ -31,20 +31,20 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=PROMPTS).logits
 
 
-def randomize(model: PeftModel) -> None:
+def randomize(model: PeftModel, scale: float = 0.2) -> None:
     """Give every trained parameter values as training would: small and different from the start."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             assert "lora_" in name
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def peft_adapter(base: Path, folder: Path, **config: Any) -> torch.Tensor:
+def peft_adapter(base: Path, folder: Path, *, scale: float = 0.2, **config: Any) -> torch.Tensor:
     """Save an adapter with PEFT; return its logits."""
     given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | config
     model = get_peft_model(loaded(base), LoraConfig(**given))
-    randomize(model)
+    randomize(model, scale)
     model.save_pretrained(str(folder))
     return logits(model.eval())
 

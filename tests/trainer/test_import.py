@@ -15,17 +15,20 @@ from safetensors.torch import load_file, save_file
 from tests.trainer.foreign_rig import change_config, import_adapter, loaded, logits, peft_adapter, rename_tensors
 from tests.trainer.tiny_model import make
 from tunesmith.api.conditions import FailureReason
-from tunesmith.contracts.artifact import parse_manifest
+from tunesmith.contracts.artifact import digest_of, parse_manifest
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, Parity
+from tunesmith.contracts.result import TrainerResult
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
+from tunesmith_trainer.main import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.trainer.s3server import S3Server
     from tests.trainer.trainer_rig import Workbench
 
 
@@ -59,6 +62,25 @@ def test_the_owner_is_recorded_in_the_folder_of_the_store(base_model: Path, tmp_
     assert Owner.model_validate_json((tmp_path / "store" / OWNER_FILE).read_bytes()) == owner
 
 
+def test_from_a_store_into_a_store_as_in_a_pod(uploaded: S3Server, base_model: Path, tmp_path: Path) -> None:
+    peft_adapter(base_model, tmp_path / "adapter")
+    filesystem = uploaded.filesystem()
+    for file in (tmp_path / "adapter").iterdir():
+        filesystem.put_file(str(file), f"tunesmith/adapters/doors/{file.name}")
+    message, output = tmp_path / "message", "tunesmith/store/team/doors-1-2/import-0a1b2c3d/artifact"
+    arguments = ["import", "--adapter", "s3://tunesmith/adapters/doors", "--base", "s3://tunesmith/models/tiny"]
+    arguments += ["--output", f"s3://{output}", "--work", str(tmp_path / "work"), "--termination-message", str(message)]
+    assert run(arguments) == 0, message.read_text()
+    result = TrainerResult.model_validate_json(message.read_text())
+    assert result.artifact is not None
+    assert result.artifact.uri == f"s3://{output}"
+    manifest = filesystem.cat_file(f"{output}/{ARTIFACT_MANIFEST}")
+    assert result.artifact.digest == digest_of(manifest)
+    stored = {name.rpartition("/")[2] for name in filesystem.ls(output, detail=False)}
+    assert stored == {*parse_manifest(manifest).files, ARTIFACT_MANIFEST}
+    assert PARITY_FILE in stored
+
+
 def test_a_second_attempt_finds_the_artifact_of_the_first(base_model: Path, tmp_path: Path) -> None:
     peft_adapter(base_model, tmp_path / "adapter")
     first = import_adapter(tmp_path / "adapter", base_model, tmp_path)
@@ -81,6 +103,27 @@ def test_an_artifact_is_copied_unchanged_with_its_digest(base_model: Path, tmp_p
     assert second.result.artifact.digest == first.result.artifact.digest
     for file in first.folder.iterdir():
         assert (second.folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_training_continues_from_an_imported_adapter(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft_adapter(bench.base, tmp_path / "adapter", scale=0.02)
+    imported = import_adapter(tmp_path / "adapter", bench.base, tmp_path / "adapter")
+    start = {"artifact": {"uri": f"file://{imported.folder}"}}
+    job = bench.job(continueFrom=start)
+    del job["spec"]["method"]
+    trained = bench.run("train", job)
+    assert trained.code == 0, trained.result.message
+    document = json.loads((bench.output / "artifact" / ARTIFACT_MANIFEST).read_text())
+    assert imported.result.artifact is not None
+    assert [entry["digest"] for entry in document["continuedFrom"]] == [imported.result.artifact.digest]
+    monkeypatch.setattr("tunesmith_trainer.foreign.base.available_memory", lambda: 1000)
+    again = tmp_path / "again"
+    again.mkdir()
+    without = import_adapter(tmp_path / "adapter", bench.base, again)
+    job["spec"]["continueFrom"] = {"artifact": {"uri": f"file://{without.folder}"}}
+    assert "has no parity.json, since it was imported where" in bench.run("validate", job).result.message
 
 
 def test_an_exported_artifact_keeps_its_scores_and_the_digest_of_its_data(bench: Workbench, tmp_path: Path) -> None:
@@ -170,6 +213,7 @@ DAMAGED_FILES: dict[str, Callable[[Path], object]] = {
     "adapter_config.json is malformed": lambda adapter: (adapter / ADAPTER_CONFIG).write_text("{"),
     "more than 262144": lambda adapter: change_config(adapter, x=" " * 300_000),
     "regular expression": lambda adapter: change_config(adapter, alpha_pattern={"(a+)+$": 4}),
+    "it replicates layers of the base": lambda adapter: change_config(adapter, layer_replication=[[0, 10**9]]),
     "only LoRA adapters are imported": lambda adapter: change_config(adapter, peft_type="LOHA"),
     "which this release of PEFT does not know": lambda adapter: change_config(adapter, use_magic=True),
 }

@@ -160,6 +160,10 @@ def translate_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any
         raise ForeignAdapterError(
             "it has enable_lora, of a PEFT before 0.3, which splits a matrix: train it again with a newer PEFT"
         )
+    if config.get("layer_replication"):
+        raise ForeignAdapterError(
+            "it replicates layers of the base (layer_replication), which vLLM does not support: train it without"
+        )
     return {key: value for key, value in config.items() if key not in _PEFT_ONCE and not _is_empty(key, value)}
 
 

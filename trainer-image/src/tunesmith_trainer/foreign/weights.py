@@ -127,7 +127,7 @@ def adapter_config(
             alpha_pattern={module: own for module, own in sorted(scales.items()) if own != alpha},
             inference_mode=True,
         ).to_dict()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         text = " ".join(str(error).split())[:300]
         raise ForeignAdapterError(f"PEFT does not accept its {ADAPTER_CONFIG}: {text}") from None
     return published_config(built, sorted(ranks), doubled=False)

@@ -137,6 +137,11 @@ def fetch(wanted: ContinueFrom, stores: Stores, folder: Path) -> StartAdapter:
         if manifest.adapter.method == "full":
             raise InvalidSpecError(f"{where} is a model, trained with method.full: use it as spec.baseModel")
         check_files(manifest.files)
+        if PARITY_FILE not in manifest.files:
+            raise InvalidSpecError(
+                f"{where} has no {PARITY_FILE}, since it was imported where its base model did not fit into memory: "
+                "import it with more memory"
+            )
         for name, limit in (
             (ADAPTER_CONFIG, MAX_CONFIG_BYTES),
             (PARITY_FILE, _MAX_PARITY_BYTES),
