@@ -1,7 +1,8 @@
 """Runs in the trainer's environment: makes tiny base models, and records the expected answers of adapters.
 
-Reads a JSON list from a file: `{"make": folder, "change": "none" | "noise" | "coarse"}` makes a base model, and
-`{"base", "artifact", "into", "rows", "template", "data_type"}` records an adapter's answers in the folder `into`.
+Reads requests as lines of JSON, and answers each with a line `done`:
+`{"make": folder, "change": "none" | "noise" | "coarse"}` makes a base model, and `{"base", "artifact", "into", "rows",
+"template", "data_type"}` records an adapter's answers in the folder `into`.
 """
 
 from __future__ import annotations
@@ -58,14 +59,17 @@ def record_adapter(request: dict[str, Any]) -> None:
         (into / PARITY_ROWS_FILE).write_text(json.dumps(recorded.rows.manifest()))
 
 
-def main(requests: list[dict[str, Any]]) -> None:
+def main() -> None:
     """Process the requests in order."""
-    for request in requests:
+    for line in sys.stdin:
+        request = json.loads(line)
         if "make" in request:
             make_base(Path(request["make"]), request["change"])
         else:
             record_adapter(request)
+        sys.stdout.write("done\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    main()
