@@ -7,6 +7,7 @@ base, another data type or another template than the engine's: the engine then a
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -92,6 +93,7 @@ class Trainer:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
 
     def do(self, **request: Any) -> None:
