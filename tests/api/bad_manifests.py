@@ -31,6 +31,10 @@ EMPTY = "the manifest is empty: write a FineTuneJob into it"
 SCHEDULER = 'spec.hyperparameters.scheduler is "cosine": it must be Cosine or Linear or Constant; did you mean Cosine?'
 NO_VALUE = "spec.method.lora has no value: give it one (an object with all defaults is {}) or remove the line"
 NOT_YAML = "the manifest is not valid YAML"
+_TOO_MANY = "it has more than 200000 values, counting those of each alias (*)"
+_TEN_TIMES = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10)]
+"""Each line stands for ten times as many values as the one before it."""
+_MERGED = [f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 10)}]}}" for level in range(1, 10)]
 
 BAD_MANIFESTS: dict[str, tuple[str, str]] = {
     "empty": ("", EMPTY),
@@ -101,6 +105,12 @@ BAD_MANIFESTS: dict[str, tuple[str, str]] = {
     "a text for an object": (_with("{lora: {}}", "lora"), 'spec.method is "lora": it must be an object with fields'),
     "a text for a list": (_with("[{uri: s3://data/train.jsonl}]", "s3://data/train.jsonl"), "it must be a list"),
     "a doubled key": (_with("{lora: {}}", "{lora: {}, lora: {rank: 8}}"), f"line 7: {NOT_YAML}: lora appears twice"),
+    "aliases for a billion values": (
+        "\n".join(["a0: &a0 [x]", *_TEN_TIMES]),
+        "it has more than 200000 values, counting",
+    ),
+    "merged a billion times": ("\n".join(["a0: &a0 {x: y}", *_MERGED]), _TOO_MANY),
+    "an alias of itself": ("a: &a [*a]", f"{NOT_YAML}: an alias (*) refers to a part that contains it"),
     "a doubled key of JSON": (_JSON, f"{NOT_YAML}: rank appears twice"),
 }
 """Text and a part of the message by what is wrong."""

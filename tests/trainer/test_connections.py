@@ -497,8 +497,12 @@ def test_a_link_out_of_a_claim_is_refused(claim: Path) -> None:
     with pytest.raises(AccessDeniedError, match="is outside of the claim through a symbolic link"):
         opened(claim, "pvc://claim/data/x")[0].check_links()
     folder, _ = opened(claim, "pvc://claim/data/x")
-    assert folder.below("*.jsonl") == ["train.jsonl"]
-    assert opened(claim, "pvc://claim/x")[0].below("**/*.jsonl") == ["data/train.jsonl"]
+    for pattern in ("*.jsonl", None):
+        with pytest.raises(AccessDeniedError, match=r"out\.jsonl is outside of the claim through a symbolic link"):
+            folder.below(pattern)
+    (claim / "data/out.jsonl").unlink()
+    assert folder.below("*.jsonl") == ["in.jsonl", "train.jsonl"]
+    assert opened(claim, "pvc://claim/x")[0].below("**/*.jsonl") == ["data/in.jsonl", "data/train.jsonl"]
 
 
 def test_a_base_model_on_a_claim_with_a_link_out_of_it_is_refused(claim: Path, base_model: Path) -> None:

@@ -156,6 +156,25 @@ def test_a_folder_without_an_artifact_is_refused(bench: Workbench, tmp_path: Pat
     assert "has no tunesmith.json" in ran.result.message
 
 
+PROBES: dict[str, dict[str, Any]] = {
+    "tokens that the base does not have": {"promptTokenIds": [10**6]},
+    "negative tokens": {"answerTokenIds": [-1]},
+    "a prompt of 100,000 tokens": {"promptTokenIds": [1] * 100_000},
+    "no probabilities": {"adapter": []},
+}
+
+
+@pytest.mark.parametrize("case", PROBES)
+def test_recorded_answers_that_cannot_be_computed_are_refused(bench: Workbench, copied: Path, case: str) -> None:
+    parity = json.loads((copied / "parity.json").read_text())
+    parity["probes"][0] |= PROBES[case]
+    (copied / "parity.json").write_text(json.dumps(parity))
+    publish_again(copied)
+    ran = bench.run("validate", continued(bench, copied))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert "parity.json of the adapter has no answers of this base model" in ran.result.message
+
+
 def test_damaged_files_are_refused(bench: Workbench, copied: Path) -> None:
     weights = load_file(copied / WEIGHTS)
     name = next(iter(weights))

@@ -67,4 +67,9 @@ def test_a_result_is_returned_and_a_crash_is_reported(bench: Workbench) -> None:
     assert ran.code == 0
     assert ran.result.preflight is not None
     crashed = watched(program("import os, signal", "os.kill(os.getpid(), signal.SIGSEGV)"), bench.folder, 60.0)
-    assert (crashed.retryable, "exited with code 139" in crashed.message) == (True, True)
+    assert (crashed.retryable, "the checks crashed (SIGSEGV)" in crashed.message) == (False, True)
+
+
+def test_checks_that_the_kernel_kills_are_out_of_memory(tmp_path: Path) -> None:
+    killed = watched(program("import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"), tmp_path, 60.0)
+    assert (killed.reason, killed.retryable) == ("OutOfMemory", False)

@@ -70,7 +70,7 @@ class StorageUnavailableError(TrainerError):
 
 
 class OutOfMemoryError(TrainerError):
-    """The model, its activations or the optimizer did not fit into memory."""
+    """The model, its activations, the optimizer or a row did not fit into memory."""
 
     reason = FailureReason.OUT_OF_MEMORY
 

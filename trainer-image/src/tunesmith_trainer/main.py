@@ -20,7 +20,14 @@ from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.command_line import parse
 from tunesmith_trainer.connections import denied, guarded
-from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
+from tunesmith_trainer.errors import (
+    InterruptedRunError,
+    InvalidSpecError,
+    OutOfMemoryError,
+    StorageUnavailableError,
+    TrainerError,
+)
+from tunesmith_trainer.foreign import is_panic
 from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.options import Command, ImportOptions
 from tunesmith_trainer.process.confidential import clean_output, scrubber_of
@@ -45,6 +52,8 @@ log = logging.getLogger("tunesmith_trainer")
 
 CLOSING_SECONDS = 30.0
 """Time for trackers to finish after the artifact is published, in seconds."""
+_MAX_MESSAGE = 4096
+"""Characters of a failure's message; a name in it may be as large as a row."""
 STOPPING_SECONDS = 10.0
 """Time for trackers to finish after the checkpoint, out of the grace period between SIGTERM and SIGKILL, in seconds."""
 
@@ -121,16 +130,23 @@ def _run(options: RunOptions | ImportOptions, argv: Sequence[str], scrubber: Scr
                 result = _execute(options, argv, termination, scrubber)
     except InterruptedRunError as error:
         result = termination.interrupted_result(error, local=options.output_folder is not None)
-    except Exception as error:  # noqa: BLE001 - every error becomes a result
-        result = failure(error, termination.ranks)
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        result = failure(error, termination.ranks)  # every error becomes a result
     if result.lost_peer:
         result = termination.after_lost_peer(result)
     termination.report(result)
     return int(result.exit_code)
 
 
-def failure(error: Exception, ranks: Ranks) -> TrainerResult:
+def failure(error: BaseException, ranks: Ranks) -> TrainerResult:
     """Return the result of a run that raised an error."""
+    if isinstance(error, MemoryError):
+        error = OutOfMemoryError(
+            "memory ran out: a row, its text after the chat template, or a file of the base model is too large; split"
+            " or remove it, or use a machine or resources.memory with more memory"
+        )
     known = error if isinstance(error, TrainerError) else denied(error, "a connection") or lost_peer(error, ranks)
     if known is None:
         log.error("unexpected error", exc_info=error)
@@ -138,24 +154,32 @@ def failure(error: Exception, ranks: Ranks) -> TrainerResult:
         return TrainerResult(
             outcome=Outcome.FAILED,
             reason=FailureReason.INTERNAL_ERROR,
-            message=f"unexpected {type(error).__name__}: {text}; the log has the traceback",
+            message=_writable(f"unexpected {type(error).__name__}: {text}; the log has the traceback"),
             retryable=not _is_deterministic(error),
         )
     log.debug("failed", exc_info=error)
     return TrainerResult(
         outcome=Outcome.FAILED,
         reason=known.reason,
-        message=str(known),
+        message=_writable(str(known)),
         retryable=known.retryable,
         lost_peer=isinstance(known, PeerLostError),
     )
 
 
-def _is_deterministic(error: Exception) -> bool:
+def _writable(text: str) -> str:
+    """Return the text within its limit, without halves of surrogate pairs: names of files and keys may have them."""
+    shown = text if len(text) <= _MAX_MESSAGE else f"{text[: _MAX_MESSAGE - 1]}…"
+    return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _is_deterministic(error: BaseException) -> bool:
     """Return True if another attempt would raise the same unexpected error."""
     text = str(error)
     of_device = _OF_DEVICES.search(text) is not None and _OF_INDICES not in text
-    return isinstance(error, _PROGRAM_ERRORS) and not (isinstance(error, RuntimeError) and of_device)
+    # The class Exception itself is raised by the libraries in Rust that read tokenizers.
+    of_program = isinstance(error, _PROGRAM_ERRORS) or type(error) is Exception or is_panic(error)
+    return of_program and not (isinstance(error, RuntimeError) and of_device)
 
 
 def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from tunesmith.api.schema import Schema
 
 _MAX_SHOWN = 60
+_MAX_VALUES = 200_000
+"""Highest number of values in a YAML document; a few lines of aliases can stand for billions."""
 _EXACT = 2**53
 """Whole numbers below it are exact as floats."""
 
@@ -129,8 +132,7 @@ def _json_document(text: str) -> dict[str, Any] | None:
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        repeated.extend(name for name in dict.fromkeys(names) if names.count(name) > 1)
+        repeated.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         return dict(pairs)
 
     try:
@@ -148,9 +150,47 @@ def _refuse(constant: str) -> None:
 
 
 def _yaml_documents(text: str) -> list[Any]:
-    documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
-    json.dumps(documents)  # raises an error for cycles and for values that JSON does not have
+    loader = _Loader(text)
+    documents = []
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            _require_size(node, {})
+            documents.append(loader.construct_document(node))
+    finally:
+        loader.dispose()
+    documents = [document for document in documents if document is not None]
+    json.dumps(documents)  # raises an error for values that JSON does not have
     return [_with_whole_numbers(document) for document in documents]
+
+
+def _require_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the number of values of a document, in which each alias stands for all values of its anchor.
+
+    Args:
+        node: root of the document, or a part of it.
+        sizes: numbers of the parts that were counted, by id; 0: of a part around this one.
+
+    Raises:
+        ValueError: there are too many values, or an alias stands for a part around it.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise ValueError("an alias (*) refers to a part that contains it: remove the alias")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    children: Iterable[yaml.Node] = ()
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = (child for pair in node.value for child in pair)
+    size = 1
+    for child in children:
+        size += _require_size(child, sizes)
+        if size > _MAX_VALUES:
+            raise ValueError(f"it has more than {_MAX_VALUES} values, counting those of each alias (*)")
+    sizes[id(node)] = size
+    return size
 
 
 def _with_whole_numbers(node: Any) -> Any:  # noqa: ANN401 - any YAML value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -20,6 +21,9 @@ from tunesmith.cli.output import note, print_line
 from tunesmith.cli.translation import Translation, UntranslatableError, model_uri, rows_uri
 from tunesmith.contracts.adapterconfig import UnsupportedAdapterError, adapter_of
 from tunesmith.contracts.foreign_adapter import ForeignAdapterError, Layout, layout_of, translate_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 app = typer.Typer(no_args_is_help=True, help="Write a FineTuneJob from another tool's configuration.")
 
@@ -51,7 +55,7 @@ def peft(
     layout = layout_of(document)
     if layout is Layout.PEFT and not isinstance(document.get("peft_type"), str):
         raise CliError(f"{config}: peft_type is missing: use an adapter_config.json written by PEFT", Exit.USAGE)
-    try:
+    with _translating(config):
         if layout is Layout.MLX or document["peft_type"] == "LORA":
             document = translate_config(document, layout)
         named = document.get("base_model_name_or_path")
@@ -59,8 +63,6 @@ def peft(
             hint = "add --base with the model that MLX LM converted" if layout is Layout.MLX else "add it, or --base"
             raise CliError(f"{config}: base_model_name_or_path is missing: {hint}", Exit.USAGE)
         found = adapter_of(document if base is None else {**document, "base_model_name_or_path": "its/base"})
-    except (UnsupportedAdapterError, ForeignAdapterError) as error:
-        raise CliError(f"{config}: {error}", Exit.USAGE) from None
     folder = str(Path.cwd())
     source = found.base if base is None else {"uri": model_uri(base, folder)}
     for key, what in found.changed.items():
@@ -82,10 +84,8 @@ def axolotl(
 
     Example: tunesmith import axolotl config.yaml > job.yaml
     """
-    try:
+    with _translating(config):
         found = translate_axolotl(load_document(_text(config)), str(Path.cwd()))
-    except (ManifestError, UntranslatableError) as error:
-        raise CliError(f"{config}: {error}", Exit.USAGE) from None
     _report(config, found, strict=strict)
 
 
@@ -102,13 +102,11 @@ def llamafactory(
 
     Example: tunesmith import llamafactory qwen3_lora_sft.yaml --dataset-info data/dataset_info.json > job.yaml
     """
-    try:
+    with _translating(config):
         document = load_document(_text(config))
         info = dataset_info or Path(str(document.get("dataset_dir") or "data"), "dataset_info.json")
         data_folder = str(Path.cwd() / info.parent)
         found = translate_llamafactory(document, _read(info, "a dataset_info.json"), str(Path.cwd()), data_folder)
-    except (ManifestError, UntranslatableError) as error:
-        raise CliError(f"{config}: {error}", Exit.USAGE) from None
     _report(config, found, strict=strict)
 
 
@@ -136,13 +134,28 @@ def openai(
     """
     folder = str(Path.cwd())
     held_out = rows_uri(validation, folder) if validation is not None else None
-    try:
+    with _translating(job):
         found = translate_openai(
             _read(job, "a fine-tuning job of OpenAI's API"), model_uri(base, folder), rows_uri(data, folder), held_out
         )
-    except UntranslatableError as error:
-        raise CliError(f"{job}: {error}", Exit.USAGE) from None
     _report(job, found, strict=strict)
+
+
+@contextmanager
+def _translating(config: Path) -> Iterator[None]:
+    """Raise CliError for a configuration that cannot be translated.
+
+    Each of its keys may have a value of any kind, such as a list where the other tool has a number.
+    """
+    try:
+        yield
+    except (ManifestError, UntranslatableError, UnsupportedAdapterError, ForeignAdapterError) as error:
+        raise CliError(f"{config}: {error}", Exit.USAGE) from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise CliError(
+            f"{config} has a value of a kind that its tool does not accept there ({type(error).__name__}: {error})",
+            Exit.USAGE,
+        ) from error
 
 
 def _report(config: Path, found: Translation, *, strict: bool) -> None:
@@ -182,7 +195,7 @@ def _text(path: Path) -> str:
 def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         document = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CliError(f"{path} is not JSON: {error}", Exit.USAGE) from None
     if not isinstance(document, dict):
         raise CliError(f"{path} is not a JSON object: use {what}", Exit.USAGE)

@@ -359,7 +359,7 @@ class Folder:
             prefix = f"{self._path.strip('/')}/"
             files = [
                 self._stored(entry, path.lstrip("/").removeprefix(prefix))
-                for path, entry in entries.items()
+                for path, entry in ((path, self._followed(entry)) for path, entry in entries.items())
                 if entry["type"] == "file" and path.lstrip("/").startswith(prefix)
             ]
             self._check_names(file.name for file in files)
@@ -387,10 +387,17 @@ class Folder:
         """Return True if the name is a folder's.
 
         Raises:
-            Exception: the name does not exist, access is denied, or the store is unavailable.
+            Exception: the name does not exist, or is a device or a pipe, access is denied, or the store is unavailable.
         """
         path = self._at(name)
-        return self._attempt(lambda: bool(self._info(path)["type"] == "directory"), name)
+
+        def operation() -> bool:
+            kind = self._info(path)["type"]
+            if kind == "other":  # reading it may never end
+                raise InvalidUriError(f"{self._where(name)} is neither a file nor a folder: use a file")
+            return bool(kind == "directory")
+
+        return self._attempt(operation, name)
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes."""
@@ -548,8 +555,23 @@ class Folder:
 
     def _listing(self, kind: str) -> list[dict[str, Any]]:
         self._check_lists()
-        entries = self._filesystem.ls(self._path, detail=True, **self._scheme.list_options)
+        listed = self._filesystem.ls(self._path, detail=True, **self._scheme.list_options)
+        entries = map(self._followed, listed)
         return [entry for entry in entries if entry["type"] == kind and (kind != "file" or entry["name"][-1] != "/")]
+
+    def _followed(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return the entry of the file or folder that a symbolic link leads to; other entries as they are.
+
+        Raises:
+            AccessDeniedError: the link leaves the claim that contains the folder.
+        """
+        if not entry.get("islink"):
+            return entry
+        self._require_inside(entry["name"])
+        try:
+            return self._info(entry["name"])
+        except OSError:  # it leads nowhere, or in a circle
+            return entry
 
     def _info(self, path: str) -> dict[str, Any]:
         info: dict[str, Any] = self._filesystem.info(path, **self._scheme.list_options)
@@ -596,12 +618,16 @@ class Folder:
         return path
 
     def _check_inside(self, path: str) -> None:
+        try:
+            self._require_inside(path)
+        except StorageError as error:
+            raise self._access.failure(error) from None
+
+    def _require_inside(self, path: str) -> None:
         if self._root is not None and not Path(path).resolve().is_relative_to(self._root.resolve()):
-            raise self._access.failure(
-                AccessDeniedError(
-                    f"{self._where()}: {Path(path).name} is outside of the claim through a symbolic link: copy the"
-                    " linked files into the claim"
-                )
+            raise AccessDeniedError(
+                f"{self._where()}: {Path(path).name} is outside of the claim through a symbolic link: copy the"
+                " linked files into the claim"
             )
 
     def _check_names(self, paths: Iterable[str]) -> list[str]:

@@ -23,6 +23,7 @@ from tunesmith_trainer.base_model.convertible import code_conversion, quantized_
 from tunesmith_trainer.base_model.layers import has_known_layers
 from tunesmith_trainer.base_model.stored import load_published, of_settings, stored_quantization
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
+from tunesmith_trainer.foreign import refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +49,10 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_MAX_LAYERS = 1024
+"""Highest number of layers; the modules of each take time and memory, even without weights."""
+_MAX_TOKEN = 2**31 - 1
+"""Highest token id: rows are stored as numbers of 32 bits."""
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
 _CARD, _MAX_CARD = "README.md", 65_536
@@ -127,14 +132,16 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
     Raises:
         InvalidSpecError: it is not a causal language model that this release can train.
     """
+    with refused(f"the config.json of the base model {uri} cannot be loaded"):
+        return _checked_config(base, uri)
+
+
+def _checked_config(base: Path, uri: str) -> PretrainedConfig:
     path = base / "config.json"
     conversion = code_conversion(path.read_text(encoding="utf-8", errors="replace"), uri)
     if conversion is not None:
         raise InvalidSpecError(conversion)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise InvalidSpecError(f"the config.json of the base model {uri} cannot be loaded: {_line(error)}") from None
+    config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InvalidSpecError(
             f"the base model {uri} is a {config.model_type}, which is not a causal language model that this release "
@@ -148,6 +155,13 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
             raise InvalidSpecError(quantized_conversion(settings, uri, _card(base)))
         # The modules are those of the model that was quantised.
         del config.quantization_config
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > _MAX_LAYERS:
+            raise InvalidSpecError(
+                f"the base model {uri} has {layers} layers according to its config.json, more than {_MAX_LAYERS}:"
+                " correct num_hidden_layers, or use another base model"
+            )
     return config
 
 
@@ -177,14 +191,18 @@ def load_tokenizer(base: Path, uri: str) -> PreTrainedTokenizerFast:
     Raises:
         InvalidSpecError: the tokenizer cannot be loaded or has no end-of-sequence token.
     """
-    try:
+    with refused(f"the tokenizer of the base model {uri} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise InvalidSpecError(f"the tokenizer of the base model {uri} cannot be loaded: {_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InvalidSpecError(
             f"the tokenizer of the base model {uri} has no usable tokenizer.json: use a base model with a fast "
             "tokenizer"
+        )
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest > _MAX_TOKEN:
+        raise InvalidSpecError(
+            f"the tokenizer of the base model {uri} has the token id {highest}, more than {_MAX_TOKEN}: copy its files"
+            " again, or use another base model"
         )
     return tokenizer
 
@@ -205,12 +223,11 @@ def end_tokens(base: Path, tokenizer: PreTrainedTokenizerFast, uri: str) -> list
     tokens = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     path = base / "generation_config.json"
     if path.is_file():
-        configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        tokens += [
-            token
-            for token in (configured if isinstance(configured, list) else [configured])
-            if isinstance(token, int) and token not in tokens
-        ]
+        with refused(f"the generation_config.json of the base model {uri} cannot be read"):
+            configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        given = configured if isinstance(configured, list) else [configured]
+        known = set(tokenizer.get_vocab().values())
+        tokens += dict.fromkeys(token for token in given if type(token) is int and token in known.difference(tokens))
     if not tokens:
         raise InvalidSpecError(
             f"the base model {uri} has no end token in its tokenizer or its generation_config.json, so its answers "
@@ -331,7 +348,3 @@ def _keep_order(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - an attribute its type does not declare
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]

@@ -12,6 +12,7 @@ from tunesmith_trainer.data.forms import RowForm
 from tunesmith_trainer.data.parts import PartCheck
 from tunesmith_trainer.data.template import ChatTemplate, ChatText, RowRejectedError
 from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.foreign import refused
 from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:
@@ -253,7 +254,10 @@ class Encoder:
 
     def _tokens(self, texts: Sequence[str], *, special: bool) -> Iterable[tuple[list[int], Offsets]]:
         """Tokenise texts and return each token's position in its text, without tokens that the tokenizer appends."""
-        with limited(f"the base model's tokenizer, on {len(texts)} texts,", _TOKENIZER_SECONDS):
+        with (
+            limited(f"the base model's tokenizer, on {len(texts)} texts,", _TOKENIZER_SECONDS),
+            refused("the base model's tokenizer cannot encode the rows"),
+        ):
             batch = self._backend.encode_batch(list(texts), add_special_tokens=special)
         for encoded in batch:
             ids: list[int] = encoded.ids

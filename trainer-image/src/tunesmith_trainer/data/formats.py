@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -374,7 +375,11 @@ class _Window:
                 # An apparent error may only be a value that is cut off.
                 if len(self._text) - self._position < _MAX_RECORD_BYTES and self._more():
                     continue
-                problem = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+                problem = (
+                    error.msg
+                    if isinstance(error, json.JSONDecodeError)
+                    else "it is nested too deeply, or a number is too long"
+                )
                 raise DatasetInvalidError(f"{where} is not JSON: {problem}; the rows after it cannot be read") from None
             if end == len(self._text) and self._more():
                 continue  # more digits may follow
@@ -415,15 +420,17 @@ def _delimiter(line: str, usual: str) -> str:
 def _separated(file: DataFile, usual: str) -> Iterator[Record]:
     """Yield the rows that follow a header line of column names."""
     with _open(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        first = text.readline(_MAX_RECORD_BYTES)
+        lines = _Lines(text, file.name)
+        first = next(lines, "")
         given = _SEPARATOR_LINE.fullmatch(first)
         delimiter = str(given[1]) if given else _delimiter(first, usual)
-        reader = csv.reader(text if given else itertools.chain([first], text), delimiter=delimiter, strict=True)
+        reader = csv.reader(lines if given else itertools.chain([first], lines), delimiter=delimiter, strict=True)
         names: list[str] = []
         before = 1 if given else 0
         line = 1 + before
         try:
             for cells in reader:
+                lines.size = 0
                 where, line = f"{file.name} line {line}", reader.line_num + 1 + before
                 if not names:
                     names = [name.strip() for name in cells]
@@ -437,8 +444,42 @@ def _separated(file: DataFile, usual: str) -> Iterator[Record]:
             ) from None
 
 
+class _Lines:
+    """Lines of a text, within the size limit of the record that they belong to.
+
+    Args:
+        text: text file.
+        name: name of the file.
+
+    Attributes:
+        size: characters of the record that were read; set to 0 at the start of the next one.
+    """
+
+    def __init__(self, text: IO[str], name: str) -> None:
+        self.size = 0
+        self._text = text
+        self._name = name
+        self._number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(_MAX_RECORD_BYTES + 1)
+        self.size += len(line)
+        self._number += 1
+        if self.size > _MAX_RECORD_BYTES:
+            raise DatasetInvalidError(
+                f"{self._name} line {self._number} ends a row that is longer than 64 MiB: put each row on its own line,"
+                " and close the quotes of each cell"
+            )
+        if not line:
+            raise StopIteration
+        return line
+
+
 def _check_header(names: list[str], file: str) -> None:
-    doubled = sorted(name for name in set(names) if names.count(name) > 1)
+    doubled = sorted(name for name, times in Counter(names).items() if times > 1)
     named = names[1:] or names  # the first column may be an index without a name
     if doubled or "" in named:
         problem = "a column has no name" if "" in named else f"the column {doubled[0]!r} appears twice"

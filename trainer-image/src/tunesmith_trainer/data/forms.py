@@ -166,7 +166,7 @@ def _are_whole(chosen: object, prompt: object) -> bool:
     if not isinstance(prompt, str) or not isinstance(chosen, list) or not chosen:
         return False
     first = chosen[0]
-    return not isinstance(first, dict) or first.get("role", first.get("from")) not in {"assistant", "gpt"}
+    return not isinstance(first, dict) or first.get("role", first.get("from")) not in ("assistant", "gpt")
 
 
 def _common_prompt(chosen: object, rejected: object, names: dict[str, str], origin: Origin) -> dict[str, Any]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
-_ENCODING = 4
+_ENCODING = 5
 """Version of the encoding: increased when the same rows produce different tokens."""
 _SHOWN_SOURCES = 8
 _SHOWN_SPLITS = 8
@@ -76,6 +76,7 @@ def load(
     seed: int,
     context: int | None,
     share_prefixes: bool = False,
+    vocabulary: int | None = None,
     store: Folder | None = None,
     write_line: Callable[[str], None] = lambda _: None,
 ) -> Rows:
@@ -91,6 +92,7 @@ def load(
         seed: seed for choosing the held-out rows and the rows of a fractional weight.
         context: maximum tokens of the base model; None if its configuration does not state it.
         share_prefixes: True if the base model can compute prefixes that packed rows of a chat share once.
+        vocabulary: number of tokens that the base model has weights for; None: not checked.
         store: keeps the tokens for the next attempt.
         write_line: reports progress to a person.
 
@@ -114,6 +116,8 @@ def load(
     key = _token_key(dataset, sources, content, forms, tokenizer)
     cached = TokenCache(work / "tokens", store).get(key, make)
     divided = _divide(cached, dataset, seed, context)
+    for sizes in (divided.sizes, divided.scored):
+        _check_vocabulary(sizes, vocabulary)
     indices = _epoch_indices(divided, cached, dataset, seed)
     train, lengths = _select(divided.rows, indices), divided.sizes.lengths[indices]
     packed = None
@@ -306,6 +310,15 @@ def _first_locations(
         if len(found) == EXAMPLES:
             break
     return [shortened(where) for where in found]
+
+
+def _check_vocabulary(sizes: Sizes | None, vocabulary: int | None) -> None:
+    if sizes is not None and vocabulary is not None and sizes.highest >= vocabulary:
+        raise InvalidSpecError(
+            f"the base model's tokenizer turns rows into the token {sizes.highest}, and the model has only"
+            f" {vocabulary} tokens (vocab_size in config.json): tokens were added to the tokenizer only; use the"
+            " tokenizer of the model, or enlarge the model's embedding on a machine of yours"
+        )
 
 
 def _check_context(longest: int, context: int | None) -> None:

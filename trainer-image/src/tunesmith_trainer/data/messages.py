@@ -43,14 +43,18 @@ _METADATA = frozenset(
     | {"language", "model", "source", "annotations"}
 )
 """Keys that describe a message and are never part of its text."""
-_TURN = re.compile(r"(?im)^\W*(?:user|human|assistant|gpt|bot):")
+_TURN = re.compile(r"(?im)^[^\w\n]{0,16}(?:user|human|assistant|gpt|bot):")
 """Start of a turn of a chat that is one text."""
 _TRANSCRIPT_CHARACTERS = 10_000
 _MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
-_TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
+_TEXT_TYPES = ("text", "input_text", "output_text")
 """Types of the parts of a message's content that are text."""
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _MAX_IGNORED_KEYS = 64
+_MAX_MESSAGES = 1024
+"""Highest number of messages of a chat. Its answers are located one by one, each by rendering all that is before it."""
+_MAX_PROBLEM, _KEPT_END = 800, 300
+"""Characters of the description of a row's problem, and those of them from its end, which states the fix."""
 
 
 class RowError(ValueError):
@@ -63,8 +67,10 @@ class RowError(ValueError):
     """
 
     def __init__(self, text: str, reason: DropReason | None = None) -> None:
-        # Names and values of a row may contain half of a surrogate pair, which cannot be written.
-        super().__init__(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+        # A name or a value of a row may be as large as the row.
+        shown = text if len(text) <= _MAX_PROBLEM else f"{text[: _MAX_PROBLEM - _KEPT_END]}…{text[-_KEPT_END:]}"
+        # They may contain half of a surrogate pair, which cannot be written.
+        super().__init__(shown.encode("utf-8", "backslashreplace").decode("utf-8"))
         self.reason = reason
 
 
@@ -170,6 +176,11 @@ def messages_of(value: object, what: str, origin: Origin) -> list[dict[str, Any]
         raise RowError(f"{what} is {kind(value)}, not a list")
     if not value:
         raise RowError(f"{what} is empty", DropReason.EMPTY)
+    if len(value) > _MAX_MESSAGES:
+        raise RowError(
+            f"{what} has {len(value)} messages, more than {_MAX_MESSAGES}: divide the chat into several rows",
+            DropReason.OVERLONG,
+        )
     return [_message(message, number, origin) for number, message in enumerate(value, start=1)]
 
 

@@ -59,6 +59,8 @@ _OTHER_NAMES = {
 }
 """Common names of columns; used for suggestions only."""
 _SHOWN_COLUMNS = 8
+MAX_ROW_CHARACTERS = 8 * 2**20
+"""Highest number of characters of a row's JSON. Its tokens take about a hundred times as much memory."""
 _SURROGATE = re.compile(r"\\ud[89a-f]")
 
 
@@ -75,6 +77,7 @@ class Row:
         source: index of its source.
         key: 64 bits of a digest of its content: the same for the same row, whatever the file and its column names.
             The two examples made from a pair have the pair's key.
+        size: characters of its content as JSON in ASCII.
     """
 
     form: RowForm
@@ -82,6 +85,7 @@ class Row:
     where: str
     source: int = 0
     key: int = 0
+    size: int = 0
 
 
 def read(
@@ -193,7 +197,7 @@ class _Reader:
                 raise RowError(record.problem, DropReason.UNDECODABLE)  # noqa: TRY301 - handled with the others
             layout = self._layout(record, source)
             value = self._value(record, layout)
-            text = json.dumps(value, sort_keys=True)
+            text = _json_of(value)
             _check_characters(text, value)
         except RowError as error:
             problem = f"{record.where}: {error}"
@@ -213,7 +217,7 @@ class _Reader:
                 self.report.drop(DropReason.DUPLICATE, record.where)
                 return None
             self.seen.add(digest)
-        return Row(layout.form, value, record.where, source, int.from_bytes(digest[:8]))
+        return Row(layout.form, value, record.where, source, int.from_bytes(digest[:8]), len(text))
 
     def _value(self, record: Record, layout: _Layout) -> dict[str, Any]:
         """Return the content of a row, checked."""
@@ -355,6 +359,26 @@ class _Reader:
                     f"dataset.columns.{name} does not belong to dataset.format {form}, which has "
                     f"{', '.join(sorted(of_form))}: remove it"
                 )
+
+
+def _json_of(value: dict[str, Any]) -> str:
+    """Return the JSON of a row in ASCII.
+
+    Raises:
+        RowError: it is too long, or has values that JSON does not have: columnar files have times, for example.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True)
+    except TypeError as error:
+        raise RowError(f"has a value that JSON does not have ({error}): convert it to text") from None
+    except RecursionError:
+        raise RowError("is nested too deeply", DropReason.UNDECODABLE) from None
+    if len(text) > MAX_ROW_CHARACTERS:
+        raise RowError(
+            f"has {len(text)} characters, more than {MAX_ROW_CHARACTERS}: divide it into several rows",
+            DropReason.OVERLONG,
+        )
+    return text
 
 
 def _check_characters(text: str, value: dict[str, Any]) -> None:

@@ -94,14 +94,16 @@ def _fetch(source: DatasetSource, stores: Stores, target: Path, part: Part) -> S
         folder = base
         for parent in parents:
             folder = folder.child(parent)
+        shown = _shown(path)
         if folder.local is not None:
-            files.append(DataFile(path, folder.local / name))
+            files.append(DataFile(shown, folder.local / name))
             continue
         copy = target.joinpath(*parents, name)
         copy.parent.mkdir(parents=True, exist_ok=True)
         folder.download(name, copy)
-        files.append(DataFile(path, copy))
-    return Source(source.uri, files, found.split, found.skipped)
+        files.append(DataFile(shown, copy))
+    skipped = {_shown(split): count for split, count in found.skipped.items()}
+    return Source(source.uri, files, found.split and _shown(found.split), skipped)
 
 
 def _listed(source: DatasetSource, stores: Stores, part: Part) -> tuple[Folder, _Found]:
@@ -228,6 +230,11 @@ def _split(path: str, dictionaries: Collection[str]) -> str | None:
 
 def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
+
+
+def _shown(name: str) -> str:
+    """Return the name of a file, or of a part of it, as text: it may have bytes that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _name(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, _ren
 from tunesmith_trainer.data import reasoning
 from tunesmith_trainer.data.served import ServedForm
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+from tunesmith_trainer.foreign import refused
 from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerFast
 
@@ -45,6 +47,20 @@ _TEMPLATE_FAULTS = (
 )
 _TODAY = datetime(2024, 7, 26, tzinfo=UTC)
 """Date for templates that print one: the default of Llama's own templates."""
+
+
+@contextmanager
+def _untranslatable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ArithmeticError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise InvalidSpecError(f"{name} cannot be compiled ({text}): simplify it") from None
+
+
+def _refuse_chance(*_: object, **__: object) -> str:
+    """Replace what Jinja chooses at random."""
+    raise TemplateError("random and lipsum render another text each time: remove them")
 
 
 class RowRejectedError(DatasetInvalidError):
@@ -115,12 +131,15 @@ class ChatTemplate:
         self._special: dict[str, Any] = json.loads(json.dumps(dict(tokenizer.special_tokens_map), default=str))
         self._text: str | None = given or (str(tokenizer.get_chat_template()) if tokenizer.chat_template else None)
         self._marked = self._text is not None and _MARKS.search(self._text) is not None
-        ends = sorted(filter(None, (str(tokenizer.decode([token])) for token in end_tokens)), key=len, reverse=True)
+        with refused("the base model's tokenizer cannot decode its end tokens"):
+            decoded = [str(tokenizer.decode([token])) for token in end_tokens]
+        ends = sorted(filter(None, decoded), key=len, reverse=True)
         self._ends = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
         if self._text is None:
             return
         try:
-            with limited(self.name):  # constant expressions in it are evaluated here
+            # Constant expressions in it are evaluated here, and it becomes Python code.
+            with limited(self.name), _untranslatable(self.name):
                 self._compiled: Any = _compile_jinja_template(self._text)
                 self._form = ServedForm.of(self._text)
         except TemplateSyntaxError as error:
@@ -128,7 +147,9 @@ class ChatTemplate:
                 f"{self.name} is not a valid Jinja template: line {error.lineno}: {error.message}"
             ) from None
         # The same rows give the same tokens on every day, also for an attempt that resumes tomorrow.
-        self._compiled.environment.globals["strftime_now"] = _TODAY.strftime
+        environment = self._compiled.environment
+        environment.globals["strftime_now"] = _TODAY.strftime
+        environment.globals["lipsum"] = environment.filters["random"] = _refuse_chance
         # Each rendering copies them, which takes longer from a chain of dictionaries than the usual chat's rendering.
         self._compiled.globals = dict(self._compiled.globals)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api import dataset as api
     from tunesmith_trainer.data.encoding import Encoder
+    from tunesmith_trainer.data.rows import Row
     from tunesmith_trainer.data.sources import Source
 
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 _BATCH = 512
 """Rows that are tokenised and written at once."""
+_BATCH_CHARACTERS = 4 * 2**20
+"""Characters of these rows after which a batch ends."""
 _MAX_ROWS_IN_MEMORY = 200
 """Rows whose pages are in memory at once: each may bring in 64 KiB around it."""
 _KEY = "key"
@@ -103,7 +106,7 @@ def tokenise(
     unpaired = RowForm.UNPAIRED_PREFERENCE in forms
     paired = RowForm.PREFERENCE in forms and not unpaired
     with _Writer(path, paired=paired, unpaired=unpaired, keyed=True) as writer:
-        for batch in _batched(read(sources, dataset, report, forms=forms), _BATCH):
+        for batch in row_batches(read(sources, dataset, report, forms=forms)):
             kept: list[Tokens] = []
             keys: list[int] = []
             for row, encoded in zip(batch, encoder.encode_all(batch), strict=True):
@@ -174,18 +177,20 @@ class Sizes:
         lengths: tokens per row.
         targets: target tokens per row.
         longest: tokens of the longest sequence; a pair of answers is two.
+        highest: highest token id; -1 without rows.
         keys: `Row.key` per row.
     """
 
     lengths: IntArray
     targets: IntArray
     longest: int
+    highest: int
     keys: IntArray
 
 
 def measure(path: Path) -> Sizes:
     """Return the sizes of the rows of an Arrow file."""
-    lengths, targets, longest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    lengths, targets, longest, highest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0, -1
     keys = [np.zeros(0, np.uint64)]
     for batch in _Reader(path).batches():
         labels = batch.column("labels")
@@ -196,8 +201,9 @@ def measure(path: Path) -> Sizes:
         paired = "seq_lengths" in batch.schema.names
         sequences = batch.column("seq_lengths").values.to_numpy() if paired else lengths[-1]
         longest = max(longest, int(sequences.max()))
+        highest = max(highest, int(batch.column("input_ids").values.to_numpy().max()))
         keys.append(batch.column(_KEY).to_numpy().copy())
-    return Sizes(np.concatenate(lengths), np.concatenate(targets), longest, np.concatenate(keys))
+    return Sizes(np.concatenate(lengths), np.concatenate(targets), longest, highest, np.concatenate(keys))
 
 
 @dataclass(frozen=True)
@@ -359,6 +365,20 @@ def _lists(rows: Sequence[Sequence[int] | IntArray]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     values = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def row_batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Yield the rows in batches whose tokens fit into memory."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += row.size
+        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _batched(items: Iterator[T], size: int) -> Iterator[list[T]]:

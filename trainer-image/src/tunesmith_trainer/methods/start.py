@@ -53,6 +53,8 @@ MAX_ANCESTORS = 32
 """Number of adapters that a lineage records."""
 _MAX_CONFIG_VALUES = 65_536
 _MAX_PARITY_BYTES = 16 * 2**20
+_MAX_PROBE_TOKENS = 65_536
+"""Highest number of tokens of all recorded prompts and answers; the trainer records some hundreds."""
 _FIELD = "spec.continueFrom"
 _NOT_CONTINUED = {
     "ADALORA": "its ranks depend on the state of the run that trained it",
@@ -263,6 +265,21 @@ def check_method(start: StartAdapter, planned: MethodPlan, method: Method, modul
         raise InvalidSpecError(
             f"{_FIELD}: the adapter and spec.method differ: {'; '.join(differ[:3])}: remove spec.method to use the "
             "adapter's, or make them agree"
+        )
+
+
+def check_probes(start: StartAdapter, vocabulary: int) -> None:
+    """Raise InvalidSpecError if the recorded answers cannot be computed: `check_answers` does it on the GPU."""
+    parity = Parity.model_validate_json((start.folder / PARITY_FILE).read_bytes())
+    sequences = [[*probe.prompt_token_ids, *probe.answer_token_ids] for probe in parity.probes]
+    recorded = [position.chosen for probe in parity.probes for position in probe.adapter]
+    fits = all(0 <= token < vocabulary for tokens in sequences for token in tokens)
+    short = sum(map(len, sequences)) <= _MAX_PROBE_TOKENS
+    answers = sum(len(probe.answer_token_ids) for probe in parity.probes)
+    if not (fits and short and 0 < answers == len(recorded) and all(map(math.isfinite, recorded))):
+        raise InvalidSpecError(
+            f"{_FIELD}: {PARITY_FILE} of the adapter has no answers of this base model that can be checked: train the"
+            " adapter again, or name another one"
         )
 
 

@@ -22,10 +22,11 @@ from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation import folders, harness
 from tunesmith_trainer.evaluation.folders import TaskCode
 from tunesmith_trainer.evaluation.generation import Example, also_trained, load
+from tunesmith_trainer.foreign import refused
 from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
-from tunesmith_trainer.methods.start import check_base, check_method, fetch, with_method, with_scales
+from tunesmith_trainer.methods.start import check_base, check_method, check_probes, fetch, with_method, with_scales
 from tunesmith_trainer.methods.targets import modules_of
 from tunesmith_trainer.methods.tokens import check_tokens
 from tunesmith_trainer.preflight import plan
@@ -137,6 +138,7 @@ def prepare(
     fingerprint = _fingerprint(spec, LocalModelFolder(base.folder) if weights else remote)
     if start is not None:
         check_base(start, fingerprint, spec.base_model.uri)
+        check_probes(start, base.vocabulary)
         if adopted:
             planned = with_scales(planned, start)
         check_method(start, planned, spec.method, base.modules)
@@ -208,6 +210,11 @@ class _Base:
     modules: Modules
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the base has weights for."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
     def context(self) -> int | None:
         """Maximum number of tokens of the base; None if its configuration does not state it."""
         return getattr(self.config, "max_position_embeddings", None)
@@ -217,7 +224,9 @@ def _read_base(spec: FineTuneJobSpec, folder: Path) -> _Base:
     uri = spec.base_model.uri
     config = model.load_config(folder, uri)
     tokenizer = model.load_tokenizer(folder, uri)
-    modules = modules_of(config, stored_quantization(folder))
+    what = f"the model that config.json of the base model {uri} describes cannot be built"
+    with limited(what, _PLANNING_SECONDS), refused(what):
+        modules = modules_of(config, stored_quantization(folder))
     return _Base(folder, config, tokenizer, model.end_tokens(folder, tokenizer, uri), modules)
 
 
@@ -258,6 +267,7 @@ def _rows(
         seed=spec.hyperparameters.seed,
         context=base.context,
         share_prefixes=can_share_prefixes(base.config) and not whole,
+        vocabulary=base.vocabulary,
         store=tokens,
         write_line=write_line,
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _POLL_SECONDS = 0.2
+_CRASHES = frozenset({-signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL, -signal.SIGSEGV})
+"""Exit codes of a process in which a library failed: on the same files it would fail again."""
 
 
 def watched(command: Sequence[str], work: Path, deadline_seconds: float) -> TrainerResult:
@@ -72,6 +74,20 @@ def _timed_out(late_work: str | None, deadline_seconds: float) -> TrainerResult:
 
 
 def _without_result(code: int) -> TrainerResult:
+    if code == -signal.SIGKILL:  # by the kernel: signals to this pod arrive here first
+        return TrainerResult(
+            outcome=Outcome.FAILED,
+            reason=FailureReason.OUT_OF_MEMORY,
+            message="the checks were killed, most likely because they needed more memory than there is: a row, its"
+            " text after the chat template, or a file of the base model is too large; split or remove it",
+        )
+    if code in _CRASHES:
+        return TrainerResult(
+            outcome=Outcome.FAILED,
+            reason=FailureReason.INTERNAL_ERROR,
+            message=f"the checks crashed ({signal.Signals(-code).name}) while they read the base model's files or the"
+            " data: copy them again, or use others; the log may name the library",
+        )
     return TrainerResult(
         outcome=Outcome.FAILED,
         reason=FailureReason.INTERNAL_ERROR,

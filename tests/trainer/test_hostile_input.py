@@ -1,0 +1,235 @@
+"""Inputs that are made to break the checks: each is refused with its place and fix, in bounded time and memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.trainer.tiny_model import CHAT_TEMPLATE
+from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, job_manifest
+from tunesmith.api.conditions import FailureReason
+from tunesmith_trainer.data.forms import RowForm
+from tunesmith_trainer.data.rows import Row
+from tunesmith_trainer.data.tokens import row_batches
+from tunesmith_trainer.main import failure
+from tunesmith_trainer.process.ranks import Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.trainer.trainer_rig import Ran
+
+_MIB = 2**20
+_HALF = "\\ud800"
+"""Half of a surrogate pair, in JSON."""
+_ROW = '{"prompt": "a", "completion": "b"}'
+
+
+def _lines(*rows: dict[str, Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _with_time() -> bytes:
+    tool = {"name": "lookup", "parameters": {"since": datetime(2026, 1, 1, tzinfo=UTC)}}
+    sink = pa.BufferOutputStream()
+    rows = [{**chat_row(f"Who is {number}?", "Marta."), "tools": [tool]} for number in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "a part whose type is a list": (
+        "rows.jsonl",
+        lambda: _lines({"messages": [{"role": "user", "content": [{"type": []}]}]}),
+        "line 1: message 1 (user): 'content' has a part that is not text",
+    ),
+    "a role as large as the row": (
+        "rows.jsonl",
+        lambda: _lines({"messages": [{"role": "a" * _MIB, "content": "b"}]}),
+        "expected one of system, developer, user, assistant",
+    ),
+    "a header of 100,000 columns": (
+        "rows.csv",
+        lambda: ",".join(f"c{number}" for number in range(100_000)).encode() + b"\nx\n",
+        "line 2: has 1 cells, but the first line names 100000 columns",
+    ),
+    "a line without an end": (
+        "rows.csv.gz",
+        lambda: gzip.compress(b"prompt,completion\na," + b"b" * (70 * _MIB), 1),
+        "rows.csv.gz line 2 ends a row that is longer than 64 MiB",
+    ),
+    "quotes without an end": (
+        "rows.csv.gz",
+        lambda: gzip.compress(b'prompt,completion\na,"' + (b"b" * 1023 + b"\n") * (70 * 1024), 1),
+        "ends a row that is longer than 64 MiB: put each row on its own line, and close the quotes",
+    ),
+    "rows below keys that are not text": (
+        "rows.json",
+        f'{{"{_HALF}": [{_ROW}], "b": [{_ROW}]}}'.encode,
+        "has rows below several keys, '\\ud800' and 'b'",
+    ),
+    "a number of 100,000 digits": (
+        "rows.json",
+        lambda: b"[" + b"9" * 100_000 + b"]",
+        "row 1 is not JSON: it is nested too deeply, or a number is too long",
+    ),
+    "a time in a tool": ("rows.parquet", _with_time, "Object of type datetime is not JSON serializable"),
+}
+
+
+def _validated(bench: Workbench, name: str, content: bytes, **spec: Any) -> Ran:
+    file = bench.folder / name
+    file.write_bytes(content)
+    return bench.run("validate", job_manifest(f"file://{bench.base}", f"file://{file}", **spec))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_hostile_file_is_refused(bench: Workbench, name: str) -> None:
+    file, content, expected = FILES[name]
+    ran = _validated(bench, file, content())
+    assert expected in ran.result.message
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.DATASET_INVALID, False)
+    assert len(ran.result.message) < 3000
+
+
+def test_an_answer_whose_role_is_a_list_is_refused(bench: Workbench) -> None:
+    row = {"prompt": "a", "chosen": [{"role": [], "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}
+    ran = _validated(bench, "rows.jsonl", _lines(row), objective={"dpo": {}})
+    assert "line 1: message 1: unknown role []" in ran.result.message
+    assert ran.result.reason is FailureReason.DATASET_INVALID
+
+
+def test_a_row_of_megabytes_is_dropped_before_it_is_tokenised(bench: Workbench) -> None:
+    rows = [*chat_rows(12), chat_row("Why?", "blue " * (2 * _MIB))]
+    ran = _validated(bench, "rows.jsonl", _lines(*rows))
+    assert ran.code == 0, ran.result.message
+    assert ran.result.preflight is not None
+    (dropped,) = ran.result.preflight.dropped or []
+    assert (dropped.reason, dropped.rows) == ("Overlong", 1)
+    assert "line 13: has 10485" in (dropped.examples or [""])[0]
+
+
+def test_a_chat_of_thousands_of_messages_is_dropped(bench: Workbench) -> None:
+    long = {"messages": chat_row("Who?", "Marta.")["messages"] * 600}
+    ran = _validated(bench, "rows.jsonl", _lines(*chat_rows(12), long))
+    assert ran.code == 0, ran.result.message
+    assert ran.result.preflight is not None
+    (dropped,) = ran.result.preflight.dropped or []
+    assert dropped.reason == "Overlong"
+    assert "'messages' has 1200 messages, more than 1024" in (dropped.examples or [""])[0]
+
+
+def test_batches_end_before_their_tokens_fill_the_memory() -> None:
+    rows = [Row(RowForm.TEXT, {"text": ""}, "rows.jsonl", size=size) for size in (3 * _MIB, 3 * _MIB, 1, *[1] * 600)]
+    assert [len(batch) for batch in row_batches(iter(rows))] == [2, 512, 89]
+
+
+def test_a_template_that_chooses_at_random_is_refused(bench: Workbench) -> None:
+    job = bench.job()
+    job["spec"]["dataset"]["chatTemplate"] = CHAT_TEMPLATE + "{{ ['a', 'b'] | random }}"
+    ran = bench.run("validate", job)
+    assert "random and lipsum render another text each time: remove them" in ran.result.message
+    assert (ran.code, ran.result.retryable) == (2, False)
+
+
+def test_a_pipe_is_not_read(bench: Workbench) -> None:
+    os.mkfifo(bench.folder / "rows.jsonl")
+    ran = bench.run("validate", job_manifest(f"file://{bench.base}", f"file://{bench.folder}/rows.jsonl"))
+    assert "rows.jsonl is neither a file nor a folder: use a file" in ran.result.message
+    assert (ran.code, ran.result.retryable) == (2, False)
+
+
+def test_links_lead_to_the_base_model_and_the_rows(bench: Workbench) -> None:
+    """The cache of the Hub's client consists of links."""
+    for name, target in (("base", bench.base), ("data", bench.folder)):
+        (bench.folder / "links" / name).mkdir(parents=True)
+        (target / "rows.jsonl").write_bytes(_lines(*chat_rows(12)))
+        for file in target.iterdir():
+            if file.is_file():
+                (bench.folder / "links" / name / file.name).symlink_to(file)
+    job = job_manifest(f"file://{bench.folder}/links/base", f"file://{bench.folder}/links/data")
+    ran = bench.run("validate", job)
+    assert ran.code == 0, ran.result.message
+
+
+def _change(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def _tokenizer(**changes: Any) -> Callable[[Path], None]:
+    return lambda base: _change(base / "tokenizer.json", **changes)
+
+
+def _add_token(base: Path, number: int) -> None:
+    """Add a token for a word of the rows to the tokenizer."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    _change(base / "tokenizer.json", added_tokens=[*added, {"id": number, "content": "door", **flags}])
+
+
+def _file(name: str, content: str) -> Callable[[Path], None]:
+    return lambda base: (base / name).write_text(content) and None
+
+
+BASES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a tokenizer without its unknown token": (
+        _tokenizer(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}),
+        "the base model's tokenizer cannot encode the rows: Exception: WordLevel error: Missing [UNK] token",
+    ),
+    "a tokenizer of another kind": (_file("tokenizer.json", "[]"), "cannot be loaded"),
+    "a generation configuration that is a list": (
+        _file("generation_config.json", "[]"),
+        "the generation_config.json of the base model",
+    ),
+    "a tokenizer with more tokens than the model": (
+        lambda base: _add_token(base, 5000),
+        "turns rows into the token 5000, and the model has only 382 tokens",
+    ),
+    "a tokenizer with a token beyond 32 bits": (
+        lambda base: _add_token(base, 2**32 - 1),
+        "has the token id 4294967295",
+    ),
+    "a million layers": (
+        lambda base: _change(base / "config.json", num_hidden_layers=10**6),
+        "has 1000000 layers according to its config.json, more than 1024: correct num_hidden_layers",
+    ),
+    "no attention heads": (
+        lambda base: _change(base / "config.json", num_attention_heads=0, head_dim=None),
+        "config.json",
+    ),
+    "a configuration nested deeply": (
+        _file("config.json", '{"model_type": "llama", "x": ' + "[" * 50_000 + "]" * 50_000 + "}"),
+        "the config.json of the base model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_hostile_base_model_is_refused(bench: Workbench, name: str) -> None:
+    breaks, expected = BASES[name]
+    bench.base = shutil.copytree(bench.base, bench.folder / "base")
+    breaks(bench.base)
+    ran = bench.run("validate", bench.job())
+    assert expected in ran.result.message
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
+
+
+def test_end_tokens_that_the_tokenizer_does_not_have_are_ignored(bench: Workbench) -> None:
+    bench.base = shutil.copytree(bench.base, bench.folder / "base")
+    _file("generation_config.json", json.dumps({"eos_token_id": [-5, 2, 2**63, True, []]}))(bench.base)
+    ran = bench.run("validate", bench.job())
+    assert ran.code == 0, ran.result.message
+
+
+def test_memory_that_runs_out_is_not_retried() -> None:
+    result = failure(MemoryError(), Ranks())
+    assert (result.reason, result.retryable) == (FailureReason.OUT_OF_MEMORY, False)
