@@ -116,8 +116,9 @@ def load(
     key = _token_key(dataset, sources, content, forms, tokenizer)
     cached = TokenCache(work / "tokens", store).get(key, make)
     divided = _divide(cached, dataset, seed, context)
-    for sizes in (divided.sizes, divided.scored):
-        _check_vocabulary(sizes, vocabulary)
+    if vocabulary is not None:
+        scored = -1 if divided.scored is None else divided.scored.highest
+        require_weights(max(divided.sizes.highest, scored), vocabulary)
     indices = _epoch_indices(divided, cached, dataset, seed)
     train, lengths = _select(divided.rows, indices), divided.sizes.lengths[indices]
     packed = None
@@ -312,10 +313,11 @@ def _first_locations(
     return [shortened(where) for where in found]
 
 
-def _check_vocabulary(sizes: Sizes | None, vocabulary: int | None) -> None:
-    if sizes is not None and vocabulary is not None and sizes.highest >= vocabulary:
+def require_weights(token: int, vocabulary: int) -> None:
+    """Raise InvalidSpecError if the base model has no weights for a token."""
+    if token >= vocabulary:
         raise InvalidSpecError(
-            f"the base model's tokenizer turns rows into the token {sizes.highest}, and the model has only"
+            f"the base model's tokenizer turns rows into the token {token}, and the model has only"
             f" {vocabulary} tokens (vocab_size in config.json): tokens were added to the tokenizer only; use the"
             " tokenizer of the model, or enlarge the model's embedding on a machine of yours"
         )

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 MAX_ANCESTORS = 32
 """Number of adapters that a lineage records."""
 _MAX_CONFIG_VALUES = 65_536
+_TYPES = frozenset({"BF16", "F16", "F32", "F64", "BOOL", "U8", "I8", "I16", "I32", "I64"})
+"""Types of safetensors that an adapter's weights and indices have."""
+_VALUES_AT_ONCE = 2**22
 _MAX_PARITY_BYTES = 16 * 2**20
 _MAX_PROBE_TOKENS = 65_536
 """Highest number of tokens of all recorded prompts and answers; the trainer records some hundreds."""
@@ -152,7 +155,7 @@ def fetch(wanted: ContinueFrom, stores: Stores, folder: Path) -> StartAdapter:
             _download(remote, name, manifest, folder, limit)
         parse_object((folder / ADAPTER_CONFIG).read_bytes(), max_bytes=MAX_CONFIG_BYTES, max_values=_MAX_CONFIG_VALUES)
         Parity.model_validate_json((folder / PARITY_FILE).read_bytes())
-        read_tensors(folder / ADAPTER_WEIGHTS)
+        _check_types(folder / ADAPTER_WEIGHTS)
     except ValueError as error:
         raise InvalidSpecError(f"{where} is damaged: {error}; train it again, or name another artifact") from None
     _check_values(folder / ADAPTER_WEIGHTS, where)
@@ -172,9 +175,16 @@ def _download(remote: Folder, name: str, manifest: ArtifactManifest, folder: Pat
     raise ValueError(f"{name} was changed after it was published: its SHA-256 is not the manifest's")
 
 
+def _check_types(weights: Path) -> None:
+    for name, tensor in read_tensors(weights).items():
+        if tensor.dtype not in _TYPES:
+            raise ValueError(f"{name} has the type {tensor.dtype}, which no adapter is trained in")
+
+
 def _check_values(weights: Path, where: str) -> None:
     for name, tensor in load_file(weights).items():
-        if not bool(tensor.isfinite().all()):
+        # In parts: the result of a large tensor would need as much memory as the tensor.
+        if not all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_VALUES_AT_ONCE)):
             raise InvalidSpecError(f"{where} cannot be continued: {name} has values that are not finite")
 
 

@@ -17,6 +17,7 @@ from tunesmith_trainer.base_model.layers import can_share_prefixes
 from tunesmith_trainer.base_model.stored import stored_quantization
 from tunesmith_trainer.data.forms import FORMS
 from tunesmith_trainer.data.loading import load as load_rows
+from tunesmith_trainer.data.loading import require_weights
 from tunesmith_trainer.data.template import same_prompts
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation import folders, harness
@@ -277,11 +278,14 @@ def _examples(spec: FineTuneJobSpec, base: _Base, stores: Stores, work: Path) ->
     """Return the prompts and expected answers of each generation suite."""
     dataset = spec.dataset
     answers = data.Encoder(base.tokenizer, base.ends, chat_template=dataset.chat_template, loss_on=LossOn.COMPLETION)
-    return {
+    found = {
         suite.name: load(suite, dataset, stores, work / "data", answers, base.tokenizer, base.context)
         for suite in spec.suites
         if suite.generation is not None
     }
+    tokens = (token for examples in found.values() for example in examples for token in example.prompt)
+    require_weights(max(tokens, default=-1), base.vocabulary)
+    return found
 
 
 def _own_tasks(
