@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -230,6 +231,16 @@ def test_end_tokens_that_the_tokenizer_does_not_have_are_ignored(bench: Workbenc
     assert ran.code == 0, ran.result.message
 
 
-def test_memory_that_runs_out_is_not_retried() -> None:
-    result = failure(MemoryError(), Ranks())
-    assert (result.reason, result.retryable) == (FailureReason.OUT_OF_MEMORY, False)
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), FailureReason.OUT_OF_MEMORY),
+        (OSError(errno.ENOSPC, "No space left on device", "rows.arrow"), FailureReason.OUT_OF_DISK),
+        (RuntimeError("cannot write: No space left on device (os error 28)"), FailureReason.OUT_OF_DISK),
+        (Exception("WordLevel error: Missing [UNK] token"), FailureReason.INTERNAL_ERROR),
+    ],
+    ids=["memory", "disk", "disk of a library", "tokenizer"],
+)
+def test_what_would_fail_again_is_not_retried(error: Exception, reason: FailureReason) -> None:
+    result = failure(error, Ranks())
+    assert (result.reason, result.retryable) == (reason, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.errors import (
     InterruptedRunError,
     InvalidSpecError,
+    OutOfDiskError,
     OutOfMemoryError,
     StorageUnavailableError,
     TrainerError,
@@ -147,6 +149,11 @@ def failure(error: BaseException, ranks: Ranks) -> TrainerResult:
             "memory ran out: a row, its text after the chat template, or a file of the base model is too large; split"
             " or remove it, or use a machine or resources.memory with more memory"
         )
+    if _is_full_disk(error):
+        error = OutOfDiskError(
+            f"the disk has no room ({' '.join(str(error).split())[:300]}): free some, or use a larger one; a local run"
+            " takes another folder with --work, and its result with --output"
+        )
     known = error if isinstance(error, TrainerError) else denied(error, "a connection") or lost_peer(error, ranks)
     if known is None:
         log.error("unexpected error", exc_info=error)
@@ -165,6 +172,11 @@ def failure(error: BaseException, ranks: Ranks) -> TrainerResult:
         retryable=known.retryable,
         lost_peer=isinstance(known, PeerLostError),
     )
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or (not isinstance(error, TrainerError) and os.strerror(errno.ENOSPC) in str(error))
 
 
 def _writable(text: str) -> str:
