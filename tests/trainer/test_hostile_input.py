@@ -151,12 +151,11 @@ def test_a_pipe_is_not_read(bench: Workbench) -> None:
 
 def test_links_lead_to_the_base_model_and_the_rows(bench: Workbench) -> None:
     """The cache of the Hub's client consists of links."""
-    for name, target in (("base", bench.base), ("data", bench.folder)):
+    (bench.folder / "rows.jsonl").write_bytes(_lines(*chat_rows(12)))
+    for name, files in (("base", [*bench.base.iterdir()]), ("data", [bench.folder / "rows.jsonl"])):
         (bench.folder / "links" / name).mkdir(parents=True)
-        (target / "rows.jsonl").write_bytes(_lines(*chat_rows(12)))
-        for file in target.iterdir():
-            if file.is_file():
-                (bench.folder / "links" / name / file.name).symlink_to(file)
+        for file in files:
+            (bench.folder / "links" / name / file.name).symlink_to(file)
     job = job_manifest(f"file://{bench.folder}/links/base", f"file://{bench.folder}/links/data")
     ran = bench.run("validate", job)
     assert ran.code == 0, ran.result.message
@@ -170,11 +169,12 @@ def _tokenizer(**changes: Any) -> Callable[[Path], None]:
     return lambda base: _change(base / "tokenizer.json", **changes)
 
 
-def _add_token(base: Path, number: int) -> None:
+def _add_token(base: Path, word: str) -> None:
     """Add a token for a word of the rows to the tokenizer."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     added = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
-    _change(base / "tokenizer.json", added_tokens=[*added, {"id": number, "content": "door", **flags}])
+    token = {"id": json.loads((base / "config.json").read_text())["vocab_size"], "content": word, **flags}
+    _change(base / "tokenizer.json", added_tokens=[*added, token])
 
 
 def _file(name: str, content: str) -> Callable[[Path], None]:
@@ -192,11 +192,11 @@ BASES: dict[str, tuple[Callable[[Path], None], str]] = {
         "the generation_config.json of the base model",
     ),
     "a tokenizer with more tokens than the model": (
-        lambda base: _add_token(base, 5000),
-        "turns rows into the token 5000, and the model has only 382 tokens",
+        lambda base: _add_token(base, "door"),
+        "turns rows into the token 382, and the model has only 382 tokens",
     ),
     "a tokenizer with a token beyond 32 bits": (
-        lambda base: _add_token(base, 2**32 - 1),
+        _tokenizer(model={"type": "WordLevel", "vocab": {"<unk>": 0, "door": 2**32 - 1}, "unk_token": "<unk>"}),
         "has the token id 4294967295",
     ),
     "a million layers": (

@@ -91,7 +91,7 @@ def base_fingerprint(folder: ModelFolder) -> str:
 def _json(folder: ModelFolder, name: str) -> dict[str, Any]:
     try:
         document = json.loads(folder.read(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} of the base model is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{name} of the base model is not a JSON object")  # noqa: TRY004 - content, not a type, is wrong

@@ -111,7 +111,7 @@ def _check_index(folder: Folder, names: Sequence[str]) -> None:
         return
     try:
         shards = {str(shard) for shard in json.loads(folder.read(_INDEX))["weight_map"].values()}
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise BaseModelNotFoundError(f"{_INDEX} in {folder.uri} is damaged: copy the base model again") from None
     missing = sorted(shards.difference(names))
     if missing:

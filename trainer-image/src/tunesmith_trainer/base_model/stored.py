@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.bitsandbytes import dequantize_and_replace
+
+from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.foreign import line_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,28 +106,51 @@ def load_published(
         dtype: type of the weights that are not quantised; auto: as in the files.
         compute: type of the products of weights in 4 bits; None: `dtype`.
         arguments: further arguments of `from_pretrained`.
+
+    Raises:
+        InvalidSpecError: the files lack weights, which transformers would fill with random numbers, or differ from the
+            configuration.
     """
     stored = stored_quantization(folder)
     arguments |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     if stored is None:
-        plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)
-        return plain
+        return _loaded(folder, dtype=dtype, **arguments)
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not stored.kept:
         loader = _DEQUANTIZED_BY[stored.type](dequantize=True)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=loader, **arguments
-        )
+        model = _loaded(folder, dtype=dtype, quantization_config=loader, **arguments)
         _forget_quantization(model)
         _convert_others(model, dtype)
         return model
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **arguments)
+    model = _loaded(folder, config=config, dtype=dtype, **arguments)
     products = compute or (dtype if isinstance(dtype, torch.dtype) else model.dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = products
             module.compute_type_is_set = True
     _convert_others(model, dtype)
+    return model
+
+
+def _loaded(folder: Path, **arguments: Any) -> PreTrainedModel:  # noqa: ANN401 - transformers' own
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, **arguments
+        )
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise InvalidSpecError(f"the weights of the base model cannot be loaded: {line_of(error)}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InvalidSpecError(f"the weights of the base model do not fit its config.json: {line_of(error)}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InvalidSpecError(
+            f"the files of the base model lack weights: {missing[0]}{more}: copy the whole base model again, or correct"
+            " its config.json"
+        )
     return model
 
 
