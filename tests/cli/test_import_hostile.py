@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-ODD: list[Any] = [7, "x", [], [[]], {}, {"a": [1]}, 1e308, float("inf"), "\ud800"]
+ODD: list[Any] = [7, "x", [[]], {"a": [1]}, float("inf")]
 AXOLOTL = yaml.safe_load("""
 base_model: org/model
-adapter: qlora
+adapter: lora
 datasets:
   - {path: org/data, type: chat_template, split: train, message_property_mappings: {role: role, content: content}}
   - {path: json, data_files: [a.jsonl], type: {field_instruction: question}}
