@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.trainer.tiny_model import CHAT_TEMPLATE
 from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, job_manifest
@@ -221,6 +222,20 @@ def test_a_hostile_base_model_is_refused(bench: Workbench, name: str) -> None:
     breaks(bench.base)
     ran = bench.run("validate", bench.job())
     assert expected in ran.result.message
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
+
+
+def test_a_base_model_without_some_weights_is_not_trained(bench: Workbench) -> None:
+    """Its library would fill them with random numbers."""
+    bench.base = shutil.copytree(bench.base, bench.folder / "base")
+    file = bench.base / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    ran = bench.run("train", bench.job())
+    assert (
+        "the files of the base model lack weights: model.norm.weight: copy the whole base model" in ran.result.message
+    )
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
 
 
