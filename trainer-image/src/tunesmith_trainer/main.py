@@ -29,7 +29,7 @@ from tunesmith_trainer.errors import (
     StorageUnavailableError,
     TrainerError,
 )
-from tunesmith_trainer.foreign import is_panic
+from tunesmith_trainer.libraries import is_panic
 from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.options import Command, ImportOptions
 from tunesmith_trainer.process.confidential import clean_output, scrubber_of
@@ -132,17 +132,19 @@ def _run(options: RunOptions | ImportOptions, argv: Sequence[str], scrubber: Scr
                 result = _execute(options, argv, termination, scrubber)
     except InterruptedRunError as error:
         result = termination.interrupted_result(error, local=options.output_folder is not None)
+    except Exception as error:  # noqa: BLE001 - every error becomes a result
+        result = failure(error, termination.ranks)
     except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
+        if not is_panic(error):
             raise
-        result = failure(error, termination.ranks)  # every error becomes a result
+        result = failure(RuntimeError(f"a library in Rust panicked: {error}"), termination.ranks)
     if result.lost_peer:
         result = termination.after_lost_peer(result)
     termination.report(result)
     return int(result.exit_code)
 
 
-def failure(error: BaseException, ranks: Ranks) -> TrainerResult:
+def failure(error: Exception, ranks: Ranks) -> TrainerResult:
     """Return the result of a run that raised an error."""
     if isinstance(error, MemoryError):
         error = OutOfMemoryError(
@@ -185,12 +187,12 @@ def _writable(text: str) -> str:
     return shown.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _is_deterministic(error: BaseException) -> bool:
+def _is_deterministic(error: Exception) -> bool:
     """Return True if another attempt would raise the same unexpected error."""
     text = str(error)
     of_device = _OF_DEVICES.search(text) is not None and _OF_INDICES not in text
     # The class Exception itself is raised by the libraries in Rust that read tokenizers.
-    of_program = isinstance(error, _PROGRAM_ERRORS) or type(error) is Exception or is_panic(error)
+    of_program = isinstance(error, _PROGRAM_ERRORS) or type(error) is Exception
     return of_program and not (isinstance(error, RuntimeError) and of_device)
 
 

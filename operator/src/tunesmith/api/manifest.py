@@ -154,7 +154,7 @@ def _yaml_documents(text: str) -> list[Any]:
     documents = []
     try:
         while loader.check_node():
-            node = loader.get_node()
+            node: Any = loader.get_node()
             _require_size(node, {})
             documents.append(loader.construct_document(node))
     finally:

@@ -23,7 +23,7 @@ from tunesmith_trainer.base_model.convertible import code_conversion, quantized_
 from tunesmith_trainer.base_model.layers import has_known_layers
 from tunesmith_trainer.base_model.stored import load_published, of_settings, stored_quantization
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
-from tunesmith_trainer.foreign import refused
+from tunesmith_trainer.libraries import refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

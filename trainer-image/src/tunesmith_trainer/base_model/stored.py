@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, F
 from transformers.integrations.bitsandbytes import dequantize_and_replace
 
 from tunesmith_trainer.errors import InvalidSpecError
-from tunesmith_trainer.foreign import line_of
+from tunesmith_trainer.libraries import line_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ from tunesmith_trainer.data.forms import RowForm
 from tunesmith_trainer.data.parts import PartCheck
 from tunesmith_trainer.data.template import ChatTemplate, ChatText, RowRejectedError
 from tunesmith_trainer.errors import InvalidSpecError
-from tunesmith_trainer.foreign import refused
+from tunesmith_trainer.libraries import refused
 from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:

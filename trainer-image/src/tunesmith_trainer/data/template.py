@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, _ren
 from tunesmith_trainer.data import reasoning
 from tunesmith_trainer.data.served import ServedForm
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
-from tunesmith_trainer.foreign import refused
+from tunesmith_trainer.libraries import refused
 from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:

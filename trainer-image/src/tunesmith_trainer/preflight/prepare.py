@@ -23,7 +23,7 @@ from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation import folders, harness
 from tunesmith_trainer.evaluation.folders import TaskCode
 from tunesmith_trainer.evaluation.generation import Example, also_trained, load
-from tunesmith_trainer.foreign import refused
+from tunesmith_trainer.libraries import refused
 from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
