@@ -109,7 +109,7 @@ def load_published(
 
     Raises:
         InvalidSpecError: the files lack weights, which transformers would fill with random numbers, or differ from the
-            configuration.
+            configuration; not checked if they are quantised.
     """
     stored = stored_quantization(folder)
     arguments |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
@@ -118,11 +118,13 @@ def load_published(
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not stored.kept:
         loader = _DEQUANTIZED_BY[stored.type](dequantize=True)
-        model = _loaded(folder, dtype=dtype, quantization_config=loader, **arguments)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=loader, **arguments
+        )
         _forget_quantization(model)
         _convert_others(model, dtype)
         return model
-    model = _loaded(folder, config=config, dtype=dtype, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **arguments)
     products = compute or (dtype if isinstance(dtype, torch.dtype) else model.dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
