@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 120.0
+READY_SECONDS = 300.0
 """Deadline for a start on a busy machine."""
 PORT_ATTEMPTS = 3
 

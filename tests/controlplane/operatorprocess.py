@@ -97,7 +97,7 @@ class Operator:
         return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str, *, seconds: float = 60.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], what: str, *, seconds: float = 180.0) -> None:
     """Poll until the condition holds.
 
     Raises:

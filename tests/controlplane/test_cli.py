@@ -25,7 +25,7 @@ pytestmark = pytest.mark.controlplane
 PROGRAM = Path(sys.executable).with_name("tunesmith")
 DIGEST = "sha256:" + "a" * 64
 NOW = "2026-01-01T00:00:00Z"
-SECONDS = 60
+SECONDS = 240
 
 
 def start(apiserver: ApiServer, *arguments: str | Path) -> subprocess.Popen[str]:

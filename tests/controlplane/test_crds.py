@@ -284,7 +284,7 @@ def test_minimal_pool_and_adapter_get_the_defaults(apiserver: ApiServer, namespa
     }
     apiserver.apply(adapter(namespace))
     spec = apiserver.get("adep", "tone", "-n", namespace)["spec"]
-    assert spec == {"adapterFrom": {"fineTuneJob": {"name": "tone"}}, "replicas": 1}
+    assert spec == {"adapterFrom": {"fineTuneJob": {"name": "tone"}}, "replicas": 1, "parity": "Report"}
 
 
 REFUSED_ADAPTERS = {

@@ -81,7 +81,7 @@ async def test_a_secret_without_the_label_is_refused_wherever_it_is_named(
         return SENTENCE in refused(guarded, manifest)
 
     # The API server learns of policies and Secrets by watching them.
-    await until(denied, "the refusal", seconds=20)
+    await until(denied, "the refusal", seconds=180)
     assert "label --overwrite secret mine tunesmith.dev/credentials=true" in refused(guarded, manifest)
     assert "hf_nobody" not in refused(guarded, manifest)
     guarded.apply(secret(space, labelled=True))

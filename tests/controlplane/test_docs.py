@@ -296,7 +296,7 @@ def team(world: World) -> Iterator[None]:
     alice = (f"--as=system:serviceaccount:{TEAM}:alice", "--namespace", TEAM)
     until(
         lambda: kubectl("auth", "can-i", "create", "finetunejobs.tunesmith.dev", *alice).returncode == 0,
-        seconds=60,
+        seconds=180,
         what="the share of the built-in role `edit`",
     )
     make(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.controlplane
 
-SECONDS = 60
+SECONDS = 240
 NOW = "2026-01-01T00:00:00Z"
 
 

@@ -31,7 +31,7 @@ CHECKPOINT = "tmp/checkpoints/step-00000004/weights"
 MANIFEST = "artifact/tunesmith.json"
 FILES = (CHECKPOINT, MANIFEST, "artifact/adapter_model.safetensors")
 BESIDE = ("merged/model.safetensors", "tensorboard/events.out.tfevents.1")
-SECONDS = 120
+SECONDS = 240
 
 
 @dataclass

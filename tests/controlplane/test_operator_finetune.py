@@ -129,7 +129,7 @@ async def test_values_resolved_by_validation_reach_every_attempt(world: World) -
 
     world.kubelet.script = script
     await world.submit()
-    await world.until_condition("Complete", seconds=90)
+    await world.until_condition("Complete", seconds=240)
     manifests = [await world.cluster.get("ConfigMap", name, world.namespace) for name in told]
     assert [json.loads(item["data"]["job.yaml"])["status"] for item in manifests] == [{"resolved": decided}] * 2
 
@@ -174,7 +174,7 @@ async def test_a_retryable_failure_is_retried_until_attempts_are_exhausted(world
 
     world.kubelet.script = script
     await world.submit(maxAttempts=2)
-    condition = await world.until_condition("Failed", seconds=90)
+    condition = await world.until_condition("Failed", seconds=240)
     assert condition["reason"] == "AttemptsExhausted"
     assert "2 of 2 attempts failed; the last: StoreUnavailable: the store does not answer" in condition["message"]
     attempts = (await world.status())["attempts"]
@@ -470,8 +470,8 @@ async def says_why(world: World, uid: str, why: str) -> None:
     async def told() -> bool:
         return (await world.condition("Admitted"))["message"].endswith(f"waits for queue team to admit it: {why}")
 
-    await until(served, "the API of Workloads", seconds=60)
-    await until(told, "why the queue holds the job back", seconds=60)
+    await until(served, "the API of Workloads", seconds=180)
+    await until(told, "why the queue holds the job back", seconds=180)
 
 
 async def test_a_queue_admits_suspends_and_admits_a_job_again(world: World) -> None:
@@ -518,14 +518,14 @@ async def test_twenty_jobs_are_deleted_without_a_store(world: World) -> None:
         items = await world.cluster.list(KIND, world.namespace)
         return all(item.get("status", {}).get("phase") == "Running" for item in items)
 
-    await until(all_run, "twenty running jobs", seconds=120)
+    await until(all_run, "twenty running jobs", seconds=240)
     for name in names:
         await world.cluster.delete(KIND, name, world.namespace)
 
     async def gone() -> bool:
         return not any([await world.cluster.list(kind, world.namespace) for kind in (KIND, "Job", "Pod")])
 
-    await until(gone, "the deletion of twenty jobs", seconds=60)
+    await until(gone, "the deletion of twenty jobs", seconds=180)
 
 
 async def test_progress_is_pulled_into_the_status(world: World) -> None:
@@ -629,7 +629,7 @@ async def test_losing_one_of_two_pods_fails_the_attempt(world: World) -> None:
 
     world.kubelet.script = script
     await world.submit(resources__nodes=2, resources__gpus=0, maxAttempts=2)
-    await world.until_condition("Complete", seconds=90)
+    await world.until_condition("Complete", seconds=240)
     outcomes = [(attempt["outcome"], attempt.get("reason")) for attempt in (await world.status())["attempts"]]
     assert outcomes[0] == ("Preempted", None)
     assert outcomes[1] in {("Failed", "StoreUnavailable"), ("Failed", "InternalError")}  # whose pod is left

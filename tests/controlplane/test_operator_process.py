@@ -132,7 +132,7 @@ async def test_300_jobs_survive_10_kills(server: ApiServer, cluster: Cluster, na
             items = await cluster.list(KIND, namespace)
             return len(items) == JOBS and all(item.get("status", {}).get("phase") for item in items)
 
-        await until(all_told, "a status for every job", seconds=120)
+        await until(all_told, "a status for every job", seconds=240)
         seconds = time.monotonic() - restarted
         jobs = await cluster.list("Job", namespace)
         owners = Counter(item["metadata"]["ownerReferences"][0]["uid"] for item in jobs)

@@ -275,7 +275,7 @@ async def test_a_job_whose_pods_a_quota_refuses_reports_the_reason_and_continues
     await until_shown(server, KIND, "tone", world.namespace, "PodsRefused", words)
     stopwatch("shown")
     server.kubectl("delete", "resourcequota", "none", "-n", world.namespace)
-    await world.until_condition("Complete", seconds=90)
+    await world.until_condition("Complete", seconds=240)
     stopwatch("continued")
 
 
@@ -292,7 +292,7 @@ async def test_a_job_whose_pods_a_policy_refuses_names_the_command_to_run(
         stopwatch("shown")
         [name] = await world.jobs()
         assert WORDS["policy"] in shown(server, "job", name, world.namespace)[1]
-    await world.until_condition("Complete", seconds=90)
+    await world.until_condition("Complete", seconds=240)
     stopwatch("continued")
 
 
@@ -313,7 +313,7 @@ async def until_pool_available(world: World) -> None:
         status = (await world.cluster.get("ServingPool", "small", world.namespace)).get("status", {})
         return (status.get("phase"), status.get("reason")) == ("Available", "PodsReady")
 
-    await until(available, "the pool is available", seconds=90)
+    await until(available, "the pool is available", seconds=240)
 
 
 @pytest.mark.parametrize("cause", WORDS)

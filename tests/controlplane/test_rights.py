@@ -368,7 +368,7 @@ def operator_kubectl(server: ApiServer) -> Kubectl:
     def denied() -> bool:
         return DENIED in run("create", "--dry-run=server", "-f", "-", manifest=deployment("kube-system")).stderr
 
-    until(denied, seconds=60, what="the admission policies in force")
+    until(denied, seconds=180, what="the admission policies in force")
     return run
 
 
@@ -499,7 +499,7 @@ async def test_only_listed_namespaces_are_served(server: ApiServer, cluster: Clu
         async def seen() -> bool:
             return "status" in await cluster.get("FineTuneJob", "second", watched)
 
-        await eventually(seen, "a job that is created later is seen", seconds=30)
+        await eventually(seen, "a job that is created later is seen", seconds=180)
         assert not await validating(other)
         assert not await pods_wanted(other)
         assert operator.answers("/readyz")

@@ -91,7 +91,7 @@ def ruled(apiserver: ApiServer) -> None:
             for item in (refused, closed)
         )
 
-    until(in_force, seconds=60, what="the rules in force")
+    until(in_force, seconds=180, what="the rules in force")
 
 
 @pytest.mark.usefixtures("ruled")
@@ -128,7 +128,7 @@ def test_objects_that_an_older_policy_admitted_can_still_be_changed(
         again = job("rules-open", "newer", scheduling={"priorityClassName": "batch"})
         return DENIED in apiserver.kubectl("create", "--dry-run=server", "-f", "-", manifest=again).stderr
 
-    until(shorter, seconds=60, what="the shorter list in force")
+    until(shorter, seconds=180, what="the shorter list in force")
     where = ("finetunejob", "older", "-n", "rules-open")
     assert apiserver.kubectl("label", *where, "a=b").returncode == 0
     done = apiserver.kubectl("patch", *where, "--type=merge", "-p", '{"spec": {"suspend": true}}')

@@ -92,7 +92,7 @@ class World:
         reason: str = "",
         kind: str = "AdapterDeployment",
         *,
-        seconds: float = 60.0,
+        seconds: float = 180.0,
     ) -> Object:
         async def holds() -> bool:
             found = await self.condition(name, type_, kind)
@@ -506,7 +506,7 @@ async def test_a_failed_change_is_rolled_back_on_request(world: World) -> None:
     await world.cluster.patch("Pod", new, world.namespace, status, type_="strategic", subresource="status")
     failing = await world.until_condition("small", "Progressing", "False", "UpdateFailed", kind="ServingPool")
     assert "1 pod with the previous settings keeps running" in failing["message"]
-    back = await world.until_condition("small", "Updated", "False", "RolledBack", kind="ServingPool", seconds=120)
+    back = await world.until_condition("small", "Updated", "False", "RolledBack", kind="ServingPool", seconds=240)
     assert "engine:broken" in back["message"]
     await world.until(lambda: list(world.pods.agents) == [old], "only the old pod is left")
     world.pods.engines_start = True

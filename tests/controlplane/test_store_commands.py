@@ -26,7 +26,7 @@ pytestmark = pytest.mark.controlplane
 PROGRAM = Path(sys.executable).with_name("tunesmith")
 ROW = '{"text": "a"}\n'
 WEIGHTS = b"weights"
-SECONDS = 120
+SECONDS = 240
 
 
 @dataclass

@@ -35,7 +35,7 @@ class World:
         return next((condition for condition in conditions if condition["type"] == type_), {})
 
     async def until_condition(
-        self, type_: str, status: str = "True", *, reason: str = "", seconds: float = 60.0
+        self, type_: str, status: str = "True", *, reason: str = "", seconds: float = 180.0
     ) -> Object:
         async def holds() -> bool:
             found = await self.condition(type_)
