@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.controlplane.apiserver import ApiServer
-from tests.controlplane.manifests import pool
+from tests.controlplane.manifests import adapter, pool
 from tests.controlplane.operatorprocess import until
 from tests.serving.test_render import SETTINGS
+from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.image_volume import ImageVolume, image_volume
 from tunesmith.api.servingpool import ServingPool
+from tunesmith.contracts.refusal import removed_images
+from tunesmith.jobs.settings import JobSettings
+from tunesmith.serving.imports import ImportBase, import_job
 from tunesmith.serving.render import deployment
 
 if TYPE_CHECKING:
@@ -120,3 +125,23 @@ def test_with_the_feature_gate_deployment_and_pod_are_accepted(with_images: ApiS
     }
     done = with_images.kubectl("apply", "--server-side", "-f", "-", manifest=pod)
     assert done.returncode == 0, done.stderr
+
+
+def removed_from_an_import(server: ApiServer, namespace: str) -> list[str]:
+    """Return the volumes of images that the API server removes from the Job that imports an adapter from an image."""
+    server.apply(adapter(namespace, adapterFrom={"artifact": {"uri": URI}}))
+    stored = AdapterDeployment.model_validate(server.get("adep", "tone", "-n", namespace))
+    source = stored.spec.adapter_from.artifact
+    assert source is not None
+    settings = JobSettings(store="s3://tunesmith/store", trainer_image="localhost/trainer:1")
+    job = import_job(stored, source, ImportBase("s3://models/base"), settings)
+    done = server.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", manifest=job)
+    return removed_images(job, json.loads(done.stdout))
+
+
+def test_an_adapter_in_an_image_is_imported_where_volumes_of_images_exist(with_images: ApiServer) -> None:
+    assert removed_from_an_import(with_images, make_namespace(with_images, "import")) == []
+
+
+def test_elsewhere_the_import_would_be_of_an_empty_folder(apiserver: ApiServer) -> None:
+    assert removed_from_an_import(apiserver, make_namespace(apiserver, "import")) == ["image-0"]

@@ -18,6 +18,7 @@ class Writes:
 
     refusal: Exception | None = None
     applied: list[Any] = field(default_factory=list)
+    deleted: list[Any] = field(default_factory=list)
 
     async def apply(self, manifest: Any) -> Any:
         self.applied.append(manifest)
@@ -26,7 +27,12 @@ class Writes:
         return {"metadata": {"generation": len(self.applied)}}
 
     async def create(self, manifest: Any) -> Any:
-        return await self.apply(manifest)
+        await self.apply(manifest)
+        return manifest
+
+    async def delete(self, item: Any, _: str) -> bool:
+        self.deleted.append(item)
+        return True
 
 
 @pytest.fixture
@@ -120,6 +126,30 @@ async def test_a_refusal_has_a_cause(executor: Executor, writes: Writes, error: 
     assert refused is not None
     assert (refused.verb, refused.kind, refused.cause) == ("create", "Secret", cause)
     assert cause.fix in refused.sentence
+
+
+async def test_a_job_whose_image_the_api_server_removes_is_deleted_and_refused(
+    executor: Executor, writes: Writes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = {"name": "image-0", "image": {"reference": "registry/doors:1"}}
+    job = {
+        "kind": "Job",
+        "metadata": {"name": "import", "namespace": "team"},
+        "spec": {"template": {"spec": {"volumes": [volume]}}},
+    }
+    assert await executor.create("uid", job) is None
+    stored = {**job, "spec": {"template": {"spec": {"volumes": [{"name": "image-0", "emptyDir": {}}]}}}}
+
+    async def create(manifest: Any) -> Any:
+        await writes.apply(manifest)
+        return stored
+
+    monkeypatch.setattr(writes, "create", create)
+    for _ in range(3):
+        refusal = await executor.create("uid", job)
+        assert refusal is not None
+        assert refusal.cause is RefusalCause.IMAGE_VOLUME
+    assert (len(writes.applied), writes.deleted) == (2, [stored])
 
 
 async def test_temporary_errors_are_raised_for_the_queue(executor: Executor, writes: Writes) -> None:

@@ -94,6 +94,19 @@ def test_the_job_is_rendered_as_the_golden_file(adapter: Callable[..., Any], poo
     assert not is_import_of(elsewhere(lambda **spec: adapter("other", **spec)), rendered)
 
 
+def test_images_are_mounted_beside_the_claims(adapter: Callable[..., Any]) -> None:
+    wanted = elsewhere(adapter, "oci://registry/doors:1/adapter")
+    assert wanted.spec.adapter_from.artifact is not None
+    base = ImportBase("oci://registry/base:1")
+    pod = import_job(wanted, wanted.spec.adapter_from.artifact, base, SETTINGS)["spec"]["template"]["spec"]
+    images = {volume["name"]: volume["image"]["reference"] for volume in pod["volumes"] if "image" in volume}
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert {mounts[name]: reference for name, reference in images.items()} == {
+        "/mnt/claims/_adapter": "registry/doors:1",
+        "/mnt/claims/_base": "registry/base:1",
+    }
+
+
 def test_a_job_is_created_for_the_base_model_of_the_only_pool(
     adapter: Callable[..., Any], pool: Callable[..., Any]
 ) -> None:
@@ -243,7 +256,7 @@ def test_a_pool_of_a_trained_model_is_waited_for(adapter: Callable[..., Any], po
         (f"{STORE}/team/doors-1/artifact", {}, "Importing"),
         ("hf://org/doors", {"namespace": "ml", "baseModel": {"uri": "pvc://models/base"}}, "ImportFailed"),
         ("hf://org/doors", {"baseModel": {"uri": "pvc://models/base"}}, "Importing"),
-        ("hf://org/doors", {"baseModel": {"uri": "oci://registry/base:1"}}, "ImportFailed"),
+        ("oci://registry/doors:1", {"baseModel": {"uri": "oci://registry/base:1"}}, "Importing"),
     ],
 )
 def test_what_the_namespace_may_not_read_is_not_imported(

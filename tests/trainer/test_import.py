@@ -20,9 +20,13 @@ from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, Parity
-from tunesmith.contracts.result import TrainerResult
+from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_config
+from tunesmith_trainer.foreign.adapter import run as import_into
 from tunesmith_trainer.main import run
+from tunesmith_trainer.options import Command, ImportOptions
+from tunesmith_trainer.process.progress import Progress
+from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +83,26 @@ def test_from_a_store_into_a_store_as_in_a_pod(uploaded: S3Server, base_model: P
     stored = {name.rpartition("/")[2] for name in filesystem.ls(output, detail=False)}
     assert stored == {*parse_manifest(manifest).files, ARTIFACT_MANIFEST}
     assert PARITY_FILE in stored
+
+
+def test_images_are_read_where_the_pod_mounts_them(base_model: Path, tmp_path: Path) -> None:
+    peft_adapter(base_model, tmp_path / "claims/_adapter/doors")
+    shutil.copytree(base_model, tmp_path / "claims/_base")
+    options = ImportOptions(
+        command=Command.IMPORT,
+        secrets=tmp_path,
+        format="text",
+        progress_port=0,
+        allow_file=True,
+        output=str(tmp_path / "out"),
+        adapter="oci://registry.example/adapters:1.0/doors",
+        base="oci://registry.example/models/tiny:1.0",
+    )
+    stores = Stores(secrets=tmp_path, allow_file=True, claims=tmp_path / "claims")
+    assert import_into(options, stores, tmp_path / "work", Progress("text")).outcome is Outcome.SUCCEEDED
+    manifest = parse_manifest((tmp_path / "out/artifact" / ARTIFACT_MANIFEST).read_bytes())
+    assert manifest.imported_from is not None
+    assert (manifest.imported_from.uri, manifest.base.uri) == (options.adapter, options.base)
 
 
 def test_a_second_attempt_finds_the_artifact_of_the_first(base_model: Path, tmp_path: Path) -> None:

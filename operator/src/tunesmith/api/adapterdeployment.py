@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -11,21 +11,42 @@ from tunesmith.api.conditions import Condition
 from tunesmith.api.continue_from import Digest, FineTuneJobReference
 from tunesmith.api.credentials import SecretReference
 from tunesmith.api.finetunejob_status import ArtifactStatus
-from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel
+from tunesmith.api.image_volume import IMAGE_EXAMPLE, IMAGE_PATTERN
+from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel, StringPattern
 from tunesmith.api.parity import ParityMode, RevisionParity
 from tunesmith.api.servingpool import MAX_LISTED_PODS, MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
-from tunesmith.api.uri import BaseModelUri, secret_rule, uri_rules
-from tunesmith.storage.schemes import Use, examples
+from tunesmith.api.uri import MAX_URI, secret_rule, uri_rules
+from tunesmith.storage.schemes import Use, examples, pattern
+
+AdapterUri = Annotated[
+    str,
+    Field(max_length=MAX_URI),
+    StringPattern(
+        f"{pattern(Use.BASE_MODEL)}|{IMAGE_PATTERN}",
+        f"a uri is {examples(Use.BASE_MODEL)} or {IMAGE_EXAMPLE}, where the tag or a digest is required",
+    ),
+]
 
 
 class ImportedArtifact(ApiModel):
     """Adapter that a Job imports: an artifact of Tunesmith, or an adapter of another trainer."""
 
-    rules = (*uri_rules, secret_rule)
+    rules = (
+        *uri_rules,
+        secret_rule,
+        Rule(
+            "!has(self.secretRef) || !self.uri.startsWith('oci://')",
+            "secretRef is not for oci:// uris: remove it; the nodes pull the image with the imagePullSecrets of the "
+            "namespace's service account `default`, or with their own credentials",
+            lambda self: self.secret_ref is None or not self.uri.startswith("oci://"),
+        ),
+    )
 
-    uri: BaseModelUri = Field(
-        description=f"Folder of the adapter: {examples(Use.BASE_MODEL)}. It is imported once, for the base model of "
-        "the pool: an artifact is copied unchanged; an adapter of PEFT or MLX LM is checked, and converted where that "
+    uri: AdapterUri = Field(
+        description=f"Folder of the adapter: {examples(Use.BASE_MODEL)}, or an image of an OCI registry, "
+        f"{IMAGE_EXAMPLE}, which the node mounts (Kubernetes 1.33 or newer, with the feature gate ImageVolume). "
+        "It is imported once, for the base model of the pool: an artifact is copied unchanged; an adapter of PEFT or "
+        "MLX LM is checked, and converted where that "
         "is exact. Adapters in pickle files are refused."
     )
     digest: Digest | None = Field(

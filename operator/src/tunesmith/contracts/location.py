@@ -20,6 +20,8 @@ MERGED_MANIFEST = "merged.json"
 EVENTS_FOLDER = "tensorboard"
 CLAIMS_FOLDER = "/mnt/claims"
 """Folder in which a training pod mounts its job's PersistentVolumeClaims read-only, each under its own name."""
+ADAPTER_IMAGE, BASE_IMAGE = "_adapter", "_base"
+"""Folders beside those of the claims in which an import's pod mounts images; no claim has such a name."""
 _DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
 
 

@@ -61,13 +61,13 @@ class Refusal:
 
 
 def removed_images(manifest: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:
-    """Return the names of a Deployment's volumes of images that the API server removed or replaced by empty folders."""
+    """Return the names of the volumes of images that the API server removed or replaced by empty folders."""
     kept = {volume["name"] for volume in _volumes(written) if "image" in volume}
     return [volume["name"] for volume in _volumes(manifest) if "image" in volume and volume["name"] not in kept]
 
 
 def _volumes(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    if manifest.get("kind") != "Deployment":
+    if manifest.get("kind") not in {"Deployment", "Job"}:
         return []
     return manifest["spec"]["template"]["spec"].get("volumes") or []
 

@@ -125,8 +125,12 @@ class Executor:
             delay = max(_FIRST_DELAY_SECONDS, 2 * before.delay) if before is not None else _FIRST_DELAY_SECONDS
             last_writes[place] = _LastWrite(digest, now, refusal=refusal, delay=min(MAX_RETRY_SECONDS, delay))
             return refusal
-        removed = removed_images(item, written) if verb == "apply" and isinstance(written, dict) else []
+        stored = written if isinstance(written, dict) and verb in {"apply", "create"} else {}
+        removed = removed_images(item, stored) if stored else []
         if removed:
+            if verb == "create":
+                # A Job would read an empty folder.
+                await self._context.delete(stored, "Background")
             message = f"the API server removes the volume {', '.join(removed)} of {describe(item)}, which is an image"
             refusal = Refusal(verb, item["kind"], message, RefusalCause.IMAGE_VOLUME)
             last_writes[place] = _LastWrite(digest, now, refusal=refusal, delay=MAX_RETRY_SECONDS)

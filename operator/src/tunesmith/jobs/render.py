@@ -40,6 +40,7 @@ class PodInputs:
         configuration: name of the ConfigMap that is mounted; None: none.
         secrets: names of the Secrets with credentials.
         claims: names of the PersistentVolumeClaims, which are mounted read-only.
+        images: references of the images that are mounted, by the name of the folder beside those of the claims.
         scheduling: further fields of the pod.
         shared_memory: True if its processes exchange data through shared memory, which is 64 MiB by default.
     """
@@ -49,6 +50,7 @@ class PodInputs:
     configuration: str | None = None
     secrets: Iterable[str] = ()
     claims: Iterable[str] = ()
+    images: Mapping[str, str] = field(default_factory=dict)
     scheduling: Object = field(default_factory=dict)
     shared_memory: bool = False
 
@@ -107,6 +109,10 @@ def pod(settings: JobSettings, labels: Mapping[str, str], inputs: PodInputs) -> 
                             {"name": f"claim-{index}", "mountPath": f"{CLAIMS_FOLDER}/{name}", "readOnly": True}
                             for index, name in enumerate(claims)
                         ),
+                        *(
+                            {"name": f"image-{index}", "mountPath": f"{CLAIMS_FOLDER}/{name}", "readOnly": True}
+                            for index, name in enumerate(inputs.images)
+                        ),
                     ],
                 }
             ],
@@ -124,6 +130,10 @@ def pod(settings: JobSettings, labels: Mapping[str, str], inputs: PodInputs) -> 
                 *(
                     {"name": f"claim-{index}", "persistentVolumeClaim": {"claimName": name, "readOnly": True}}
                     for index, name in enumerate(claims)
+                ),
+                *(
+                    {"name": f"image-{index}", "image": {"reference": reference, "pullPolicy": "IfNotPresent"}}
+                    for index, reference in enumerate(inputs.images.values())
                 ),
             ],
         },

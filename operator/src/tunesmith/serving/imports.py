@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api.adapterdeployment import AdapterImport, ImportedArtifact
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import FailureReason
+from tunesmith.api.image_volume import image_volume
 from tunesmith.contracts.location import (
+    ADAPTER_IMAGE,
     ARTIFACT_FOLDER,
+    BASE_IMAGE,
     job_folder,
     owned_name,
     reads_foreign_store,
@@ -197,11 +200,11 @@ def _forbidden(
             f"namespace {namespace}: copy the adapter elsewhere",
         )
     name = f"{pool.metadata.namespace}/{pool.metadata.name}"
-    if base.uri.startswith("oci://") or (volume_claim(base.uri) is not None and pool.metadata.namespace != namespace):
+    if volume_claim(base.uri) is not None and pool.metadata.namespace != namespace:
         return Unresolved(
             Reason.IMPORT_FAILED,
             f"the base model of ServingPool {name}, {base.uri}, cannot be read from namespace {namespace}: an import "
-            "needs a base model in a store or on the Hugging Face Hub, or on a claim of this namespace",
+            "needs a base model in a store, in an image or on the Hugging Face Hub, or on a claim of this namespace",
         )
     return None
 
@@ -327,12 +330,14 @@ def import_job(
             arguments += [option, secret]
             secrets.append(secret)
     claims = [claim[0] for claim in (volume_claim(source.uri), volume_claim(base.uri)) if claim is not None]
+    volumes = {ADAPTER_IMAGE: image_volume(source.uri), BASE_IMAGE: image_volume(base.uri)}
+    images = {name: image.reference for name, image in volumes.items() if image is not None}
     labels = {
         "app.kubernetes.io/managed-by": "tunesmith",
         COMPONENT_LABEL: IMPORT,
         ADAPTER_LABEL: metadata.uid,
     }
-    template = pod(settings, labels, PodInputs(arguments, _RESOURCES, secrets=secrets, claims=claims))
+    template = pod(settings, labels, PodInputs(arguments, _RESOURCES, secrets=secrets, claims=claims, images=images))
     template["spec"]["activeDeadlineSeconds"] = IMPORT_SECONDS
     reference = owner_reference(adapter.api_version, adapter.kind, metadata.name, metadata.uid)
     return trainer_job(

@@ -21,7 +21,7 @@ from tunesmith.contracts.artifact import (
     parse_manifest,
 )
 from tunesmith.contracts.foreign_adapter import ForeignAdapterError
-from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST
+from tunesmith.contracts.location import ADAPTER_IMAGE, ARTIFACT_FOLDER, ARTIFACT_MANIFEST
 from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE, gap_of
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith.contracts.safetensors import read_tensors
@@ -29,7 +29,7 @@ from tunesmith.contracts.servability import ADAPTER_WEIGHTS
 from tunesmith_trainer.artifact import package, parity
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.errors import AdapterNotFoundError, InvalidSpecError, StorageUnavailableError
-from tunesmith_trainer.foreign.base import open_base
+from tunesmith_trainer.foreign.base import folder_of, open_base
 from tunesmith_trainer.foreign.conversion import check_structure, convert, download
 from tunesmith_trainer.methods import servable
 from tunesmith_trainer.store import PUBLISHING_RETRY, file_sha256
@@ -88,7 +88,10 @@ def _published(
     options: ImportOptions, stores: Stores, work: Path, progress: Progress, target: Folder
 ) -> tuple[ArtifactManifest, ArtifactStatus]:
     remote = stores.folder(
-        options.adapter, what="the adapter's folder", missing=AdapterNotFoundError, secret=options.secret
+        folder_of(options.adapter, ADAPTER_IMAGE),
+        what="the adapter's folder",
+        missing=AdapterNotFoundError,
+        secret=options.secret,
     )
     names = frozenset(remote.names())
     folder = work / ARTIFACT_FOLDER
@@ -130,7 +133,7 @@ def _copied(
     if manifest.base.fingerprint != base.fingerprint:
         raise ForeignAdapterError(
             f"it was trained on another base model ({manifest.base.uri}, {manifest.base.fingerprint[:19]}…) than the "
-            f"pool's ({base.source.uri}, {base.fingerprint[:19]}…): name a pool with that base model"
+            f"pool's ({base.uri}, {base.fingerprint[:19]}…): name a pool with that base model"
         )
     for name, entry in manifest.files.items():
         if name == PARITY_ROWS_FILE and name not in names:
@@ -166,7 +169,7 @@ def _converted(
             file.name: ArtifactFile(sha256=file_sha256(file), size_bytes=file.stat().st_size)
             for file in sorted(folder.iterdir())
         },
-        base=ArtifactBase(fingerprint=base.fingerprint, uri=base.source.uri, revision=base.source.revision),
+        base=ArtifactBase(fingerprint=base.fingerprint, uri=base.uri, revision=base.revision),
         adapter=ArtifactAdapter(
             method="lora",
             rank=converted.config["r"],
@@ -191,8 +194,8 @@ def _record_parity(folder: Path, base: Base, progress: Progress) -> float | None
         progress.write_line(f"  no answers recorded: the base's {sum(sizes)} bytes do not fit into memory")
         return None
     weights = model.fetch_base(base.remote, base.folder, weights=True)
-    tokenizer = model.load_tokenizer(weights, base.source.uri)
-    ends = model.end_tokens(weights, tokenizer, base.source.uri)
+    tokenizer = model.load_tokenizer(weights, base.uri)
+    ends = model.end_tokens(weights, tokenizer, base.uri)
     recorded = parity.record(weights, folder, base.config, tokenizer, ends=ends, pad=model.pad_token(tokenizer, ends))
     (folder / PARITY_FILE).write_text(
         json.dumps(recorded.parity.manifest(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -204,7 +207,7 @@ def _card(options: ImportOptions, converted: Converted, base: Base) -> str:
     lines = [
         "# Imported adapter",
         "",
-        f"LoRA of rank {converted.config['r']} for `{base.source.uri}` ({base.fingerprint}), imported with Tunesmith",
+        f"LoRA of rank {converted.config['r']} for `{base.uri}` ({base.fingerprint}), imported with Tunesmith",
         f"from `{options.adapter}`, which has the layout of {converted.layout}.",
         *(f"- {change}" for change in converted.changes),
         "",

@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from tunesmith.api.finetunejob import BaseModelSource
+from tunesmith.api.image_volume import image_volume
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.location import BASE_IMAGE
 from tunesmith.contracts.safetensors import read_tensors
 from tunesmith.contracts.servability import MAX_RANK
 from tunesmith_trainer.artifact.main_memory import available_memory
@@ -41,7 +42,8 @@ _MEMORY_SHARE = 0.7
 class Base:
     """Base model of the adapter: its folder in the store, and locally its configuration and tokenizer."""
 
-    source: BaseModelSource
+    uri: str
+    revision: str | None
     remote: Folder
     folder: Path
     config: PretrainedConfig
@@ -63,18 +65,19 @@ def open_base(options: ImportOptions, stores: Stores, work: Path) -> Base:
     Raises:
         TrainerError: it is missing, or not a causal language model that this release can load.
     """
-    secret = {"name": options.base_secret} if options.base_secret else None
-    source = BaseModelSource.model_validate(
-        {"uri": options.base, "revision": options.base_revision, "secretRef": secret},
-        context={"local": options.allow_file},
+    remote = stores.folder(
+        folder_of(options.base, BASE_IMAGE),
+        what="the base model",
+        missing=BaseModelNotFoundError,
+        secret=options.base_secret,
+        revision=options.base_revision,
     )
-    remote = model.open_base(source, stores)
     folder = model.fetch_base(remote, work / "base", weights=False)
-    config = model.load_config(folder, source.uri)
+    config = model.load_config(folder, options.base)
     try:
         fingerprint = base_fingerprint(remote if remote.local is None else LocalModelFolder(remote.local))
     except ValueError as error:
-        raise BaseModelNotFoundError(f"{source.uri}: {error}") from None
+        raise BaseModelNotFoundError(f"{options.base}: {error}") from None
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     weights = {name: module.weight for name, module in whole.named_modules() if hasattr(module, "weight")}
@@ -82,7 +85,8 @@ def open_base(options: ImportOptions, stores: Stores, work: Path) -> Base:
     embeddings = {name for name, module in whole.named_modules() if isinstance(module, torch.nn.Embedding)}
     copied = sum(weights[name].numel() for name in embeddings) * 2  # an output layer is as large
     return Base(
-        source=source,
+        uri=options.base,
+        revision=options.base_revision,
         remote=remote,
         folder=folder,
         config=config,
@@ -92,6 +96,12 @@ def open_base(options: ImportOptions, stores: Stores, work: Path) -> Base:
         largest_adapter=_FLOAT_BYTES * (2 * MAX_RANK * sum(map(sum, matrices)) + copied) + MAX_HEADER_BYTES,
         modules=modules_of(config, stored_quantization(folder)),
     )
+
+
+def folder_of(uri: str, mounted: str) -> str:
+    """Return the uri of a folder that can be read: an image is mounted beside the claims, under the name `mounted`."""
+    image = image_volume(uri)
+    return uri if image is None else f"pvc://{mounted}/{image.folder}"
 
 
 def parameters(base: Base, names: Iterable[str]) -> dict[str, torch.Tensor | None]:

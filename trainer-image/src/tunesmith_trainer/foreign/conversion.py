@@ -100,8 +100,8 @@ def convert(remote: Folder, names: frozenset[str], folder: Path, base: Base) -> 
     else:
         written = adapter_config(config, matrices, base.names)
     written |= {
-        "base_model_name_or_path": base.source.uri.removeprefix("hf://").removeprefix("file://"),
-        "revision": base.source.revision,
+        "base_model_name_or_path": base.uri.removeprefix("hf://").removeprefix("file://"),
+        "revision": base.revision,
     }
     save_file(matrices, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(
