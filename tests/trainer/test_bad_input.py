@@ -147,6 +147,11 @@ def test_a_bad_row_is_named_with_file_line_and_reason(bench: Workbench, name: st
     assert ran.code == 2
 
 
+def test_rows_of_another_objective_name_it(bench: Workbench) -> None:
+    ran = bench.run("validate", bench.job([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
+    assert "choose another objective (objective.dpo, objective.orpo, objective.kto), or set" in ran.result.message
+
+
 def test_further_bad_rows_are_counted(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job([GOOD, "x", "y", "z", "{}", "{}"]))
     assert ran.result.message.count("train.jsonl line") - ran.result.message.count("from train.jsonl line") == 3
@@ -159,6 +164,7 @@ def test_rows_that_are_all_too_long_are_reported_with_the_longest(bench: Workben
     ran = bench.run("validate", job)
     assert ran.result.reason is FailureReason.DATASET_INVALID
     assert "24 of 24 rows have more than maxLength 16 tokens (the longest has " in ran.result.message
+    assert "raise dataset.maxLength, or set dataset.overlong to Truncate" in ran.result.message
 
 
 def test_rows_beyond_the_models_context_are_refused(bench: Workbench) -> None:

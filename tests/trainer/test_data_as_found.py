@@ -361,6 +361,18 @@ def test_tools_of_other_layouts(tmp_path: Path, name: str) -> None:
     assert value.get("tools", []) == expected
 
 
+def test_functions_beside_messages_are_tools(tmp_path: Path) -> None:
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+    row = {"messages": [user("a"), answer("b")], "functions": [function]}
+    tools = [{"type": "function", "function": function}]
+    assert values(tmp_path, row)[0]["tools"] == tools
+    other = {"name": "other", "parameters": {"type": "object", "properties": {}}}
+    assert values(tmp_path, row | {"tools": [other]})[0]["tools"] == [{"type": "function", "function": other}]
+    assert "tools" not in values(tmp_path, row | {"functions": ["it tells the weather"]})[0]
+    named = values(tmp_path, row | {"mine": [other]}, columns={"tools": "mine"})
+    assert named[0]["tools"] == [{"type": "function", "function": other}]
+
+
 def test_keys_of_functions_that_no_template_receives_are_counted(tmp_path: Path) -> None:
     row = {**chat_row("a", "b"), "tools": [{**TOOL, "function": {**BARE, "returns": {"type": "string"}}}]}
     _, report = found(write_rows(tmp_path / "rows.jsonl", [row]))

@@ -41,6 +41,8 @@ FORMS = {
 """Row forms that each objective can learn from."""
 SFT_FORMS = FORMS[ObjectiveName.SFT]
 """Forms of which each is a text with a part that is learned."""
+FUNCTIONS = "functions"
+"""Column of the tools beside a `function_call` in rows of OpenAI's."""
 _ANSWER_MARK = "\n\nAssistant:"
 """Text that precedes each answer in dialogues written as one text (HH-RLHF)."""
 REQUIRED = {
@@ -93,7 +95,11 @@ def _messages(value: dict[str, Any], names: dict[str, str], origin: Origin) -> d
 
 
 def _tools(value: dict[str, Any], names: dict[str, str], origin: Origin) -> dict[str, Any]:
-    tools = tools_of(value.get(names["tools"]), origin)
+    given = value.get(names["tools"])
+    functions = value.get(FUNCTIONS)
+    if given is None and names["tools"] == "tools" and isinstance(functions, list):
+        given = functions if all(isinstance(function, dict) for function in functions) else None
+    tools = tools_of(given, origin)
     return {"tools": tools} if tools else {}
 
 

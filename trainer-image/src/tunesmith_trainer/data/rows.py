@@ -14,6 +14,8 @@ from tunesmith.api.finetunejob_status import DropReason
 from tunesmith_trainer.data.formats import has_column, records
 from tunesmith_trainer.data.forms import (
     CHECKS,
+    FORMS,
+    FUNCTIONS,
     OPTIONAL,
     PROMPT_FORMS,
     REQUIRED,
@@ -187,7 +189,7 @@ class _Reader:
     @property
     def wanted(self) -> frozenset[str]:
         """Columns that rows are read from, and those that a suggestion may name."""
-        return frozenset(self.names.values()).union(MEDIA_COLUMNS, *_OTHER_NAMES.values())
+        return frozenset(self.names.values()).union(MEDIA_COLUMNS, {FUNCTIONS}, *_OTHER_NAMES.values())
 
     def row(self, record: Record, source: int) -> Row | None:
         self.report.read += 1
@@ -341,9 +343,10 @@ class _Reader:
     def _check_allowed(self, form: RowForm, where: str) -> None:
         if form not in self.forms:
             allowed = ", ".join(form for form in RowForm if form in self.forms)
+            others = ", ".join(f"objective.{name}" for name, forms in FORMS.items() if form in forms)
             raise DatasetInvalidError(
                 f"{where}: has the dataset.format {form}, which this objective cannot learn from; it learns"
-                f" from {allowed}: choose another objective, or set dataset.format and dataset.columns"
+                f" from {allowed}: choose another objective ({others}), or set dataset.format and dataset.columns"
             )
         if self.dataset.overlong is Overlong.CHUNK and form is not RowForm.TEXT:
             raise InvalidSpecError(

@@ -70,7 +70,7 @@ class Counted:
         if overlong:
             reason = (
                 f"{overlong} of {report.rows} rows have more than maxLength {limit} tokens (the longest has "
-                f"{report.longest})"
+                f"{report.longest}): raise dataset.maxLength, or set dataset.overlong to Truncate or, for texts, Chunk"
             )
         elif report.dropped:
             dropped = report.status() or []
