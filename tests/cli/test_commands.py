@@ -144,6 +144,13 @@ def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> Non
             1,
             "$TUNESMITH_TRAINER is /nowhere, which is not an executable",
         ),
+        (
+            ("run", "-f", "PATH", "--output", "out"),
+            {},
+            2,
+            "a file of this machine is file:///path, with its whole path",
+        ),
+        (("submit", "-f", "PATH"), {}, 2, "or https://host/path/rows.jsonl\n"),
         (("submit", "-f", "absent.yaml"), {}, 2, "the file absent.yaml does not exist"),
         (("submit", "-f", "BAD"), {}, 2, "method must have exactly one of lora, qlora, adaLora"),
         (("submit", "-f", "LOCAL"), {}, 2, "file:// uris work only in a local run"),
@@ -181,10 +188,12 @@ def test_each_user_error_is_one_line(
         "BAD": tmp_path / "bad.yaml",
         "LOCAL": tmp_path / "local.yaml",
         "BROKEN": tmp_path / "broken.yaml",
+        "PATH": tmp_path / "path.yaml",
     }
     files["BAD"].write_text(JOB.replace("{lora: {}}", "{}"))
     files["LOCAL"].write_text(JOB.replace("s3://data", "file:///data"))
     files["BROKEN"].write_text("a: [")
+    files["PATH"].write_text(JOB.replace("s3://data", "data"))
     done = command(*(files.get(argument, argument) for argument in arguments), **environment)
     assert done.code == code, done.stderr
     assert sentence in done.stderr

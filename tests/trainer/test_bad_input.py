@@ -152,6 +152,15 @@ def test_rows_of_another_objective_name_it(bench: Workbench) -> None:
     assert "choose another objective (objective.dpo, objective.orpo, objective.kto), or set" in ran.result.message
 
 
+def test_the_columns_that_an_objective_needs_are_named(bench: Workbench) -> None:
+    job = bench.job([{"input": "a", "preferred_output": "b"}])
+    ran = bench.run("validate", job | {"spec": job["spec"] | {"objective": {"kto": {}}}})
+    assert (
+        "a row needs 'chosen' and 'rejected', or 'prompt' and 'completion' and 'label'; it has 'input'"
+        in ran.result.message
+    )
+
+
 def test_further_bad_rows_are_counted(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job([GOOD, "x", "y", "z", "{}", "{}"]))
     assert ran.result.message.count("train.jsonl line") - ran.result.message.count("from train.jsonl line") == 3

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_OF_URI = "uri: a uri is "
+_LOCAL = "; a file of this machine is file:///path, with its whole path"
+
+
 def read_manifest(filename: Path, *, allow_file: bool) -> dict[str, Any]:
     """Return the FineTuneJob in a file, checked as far as possible without a cluster.
 
@@ -31,4 +35,5 @@ def read_manifest(filename: Path, *, allow_file: bool) -> dict[str, Any]:
         parse_manifest(text, allow_file=allow_file)
         return load_document(text)
     except ManifestError as error:
-        raise CliError("\n".join(f"{filename}: {problem}" for problem in error.problems), Exit.USAGE) from None
+        problems = [f"{problem}{_LOCAL if allow_file and _OF_URI in problem else ''}" for problem in error.problems]
+        raise CliError("\n".join(f"{filename}: {problem}" for problem in problems), Exit.USAGE) from None

@@ -316,8 +316,14 @@ class _Reader:
             require_no_transcript(given, f"'{name}'")
         columns = ", ".join(f"'{name}'" for name in list(value)[:_SHOWN_COLUMNS]) or "none"
         raise RowError(
-            "has no columns that can be learned from: a row needs 'messages', or 'prompt' and 'completion', or"
-            f" 'instruction' and 'output', or 'text'; it has {columns}{self._suggestion(None, value)}"
+            f"has no columns that can be learned from: a row needs {self._needed()}; it has"
+            f" {columns}{self._suggestion(None, value)}"
+        )
+
+    def _needed(self) -> str:
+        """Return the columns of the forms from which the objective can learn."""
+        return ", or ".join(
+            " and ".join(f"'{self.names[name]}'" for name in REQUIRED[form]) for form in RowForm if form in self.forms
         )
 
     def _suggestion(self, form: RowForm | None, value: dict[str, Any]) -> str:
