@@ -261,6 +261,17 @@ def test_columns_of_several_data_sets() -> None:
     )
 
 
+def test_rated_chats_are_to_be_divided() -> None:
+    columns = {"messages": "messages", "kto_tag": "liked", "system": "persona"}
+    info = {"chats": {"file_name": "chats.json", "formatting": "sharegpt", "columns": columns}}
+    found = translate(BASE | {"stage": "kto", "dataset": "chats"}, info, "/", "/data")
+    assert found.spec["dataset"]["columns"] == {"system": "persona"}
+    assert (
+        "jq -c '.[] | {prompt: .messages[:-1], completion: .messages[-1:], label: .liked, persona}'"
+        in found.changed["chats.columns"]
+    )
+
+
 def test_splits() -> None:
     found = translate(BASE | {"dataset": "shared", "eval_dataset": "ranged"}, INFO, "/", "/data")
     assert found.spec["dataset"]["train"] == [{"uri": "hf://datasets/org/rows", "split": "train_prefs"}]

@@ -523,6 +523,18 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"prompt": [user("a")], "chosen": [user("a"), answer("b")], "rejected": [user("a"), answer("c")]},
         {"prompt": [user("a")], "chosen": [answer("b")], "rejected": [answer("c")]},
     ),
+    "answers that are one message, of LLaMA-Factory": (
+        {
+            "prompt": [{"from": "human", "value": "a"}],
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+        },
+        {"prompt": [user("a")], "chosen": [answer("b")], "rejected": [answer("c")]},
+    ),
+    "prompt as text, answers that are one message": (
+        {"prompt": "a", "chosen": answer("b"), "rejected": answer("c")},
+        {"prompt": [user("a")], "chosen": [answer("b")], "rejected": [answer("c")]},
+    ),
     "dialogues as texts": (
         {"chosen": "\n\nHuman: a\n\nAssistant: by a", "rejected": "\n\nHuman: a\n\nAssistant: by b"},
         {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " by a", "rejected": " by b"},

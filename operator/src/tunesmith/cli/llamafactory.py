@@ -228,6 +228,9 @@ class _Reader(Draft):
         if form is None:
             form = "Messages" if shared else "Instruction"
         remaining.pop("ranking", None)
+        if shared and form == "UnpairedPreference":
+            self._whole_chats(name, remaining)
+            shared = False
         columns = self._columns(name, form, remaining, shared=shared)
         tags = remaining.pop("tags", {})
         properties = {key: tags.pop(key, default) for key, default in _PROPERTIES[0].items()}
@@ -244,6 +247,18 @@ class _Reader(Draft):
         for key in remaining:
             self.omit(f"{name}.{key}")
         return source, form, columns
+
+    def _whole_chats(self, name: str, remaining: Document) -> None:
+        """Report how rated chats become rows with a prompt and a completion, and name the columns of such rows."""
+        named: Document = remaining.get("columns", {})
+        chat, label = named.get("messages", "conversations"), named.get("kto_tag", "label")
+        others = {key: column for key, column in named.items() if key not in {"messages", "kto_tag"}}
+        remaining["columns"] = {"prompt": "prompt", "response": "completion"} | others
+        kept = "".join(f", {column}" for column in others.values())
+        self.changed[f"{name}.columns"] = (
+            "each row needs the rated answer in a column of its own: convert them with jq -c '.[] | {prompt:"
+            f" .{chat}[:-1], completion: .{chat}[-1:], label: .{label}{kept}}}', and name the result in dataset.train"
+        )
 
     def _uri(self, name: str, remaining: Document) -> str:
         """Remove the keys that locate the rows and return their uri."""

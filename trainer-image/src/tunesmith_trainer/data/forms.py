@@ -13,6 +13,7 @@ from tunesmith_trainer.data.messages import (
     RowError,
     check_chat,
     flag_of,
+    is_message,
     messages_of,
     optional_text_of,
     text_of,
@@ -168,7 +169,7 @@ def _preference(value: dict[str, Any], names: dict[str, str], origin: Origin) ->
 def _are_whole(chosen: object, prompt: object) -> bool:
     """Return True if an answer given as messages is a whole chat, which begins with the question."""
     if prompt is None or isinstance(chosen, dict):
-        return True
+        return prompt is None or not is_message(chosen)
     if not isinstance(prompt, str) or not isinstance(chosen, list) or not chosen:
         return False
     first = chosen[0]

@@ -163,15 +163,20 @@ def require_no_transcript(value: object, what: str) -> None:
         )
 
 
+def is_message(value: object) -> bool:
+    """Return True if it is one message, not an object with a list of each key's values."""
+    return isinstance(value, dict) and isinstance(value.get("role", value.get("from")), str)
+
+
 def messages_of(value: object, what: str, origin: Origin) -> list[dict[str, Any]]:
-    """Return a list of messages, given as such, as JSON text, or as an object with a list of each key's values."""
+    """Return a list of messages, given as such, as one message, as JSON text, or as lists of each key's values."""
     if isinstance(value, str):
         require_no_transcript(value, what)
         value, origin = _parsed(value, what), _of_json(origin)
     if value is None:
         raise RowError(f"{what} is null, not a list", DropReason.NULL)
     if isinstance(value, dict):
-        value = _transposed(value)
+        value = [value] if is_message(value) else _transposed(value)
     if not isinstance(value, list):
         raise RowError(f"{what} is {kind(value)}, not a list")
     if not value:
