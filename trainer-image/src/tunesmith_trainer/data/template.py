@@ -21,10 +21,11 @@ from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedTokenizerFast
 
-    from tunesmith_trainer.data.served import Chat
+    from tunesmith_trainer.data.served import Chat, Message
 
 Span = tuple[int, int]
 """Start and end of a passage, in characters."""
@@ -169,7 +170,10 @@ class ChatTemplate:
             InvalidSpecError: there is no template, or the answers cannot be located in its output.
             RowRejectedError: the template rejects the chat.
         """
-        chat = self._served(chat)
+        with self._limited(where):
+            return self._texts(self._served(chat), learned, where)
+
+    def _texts(self, chat: Chat, learned: Sequence[int] | None, where: str) -> list[ChatText]:
         if learned is None:
             text = self._render(chat, where)
             return [ChatText(text, [(0, len(text))])]
@@ -195,12 +199,18 @@ class ChatTemplate:
 
     def answer(self, chat: Chat, number: int, where: str) -> tuple[str, str]:
         """Return the prompt that an engine receives for an answer of a chat, and the text that it then generates."""
-        answer = self._answer(self._served(chat), number, where)
+        with self._limited(where):
+            answer = self._answer(self._served(chat), number, where)
         return answer.prompt, answer.through[len(answer.prompt) : answer.end]
 
     def prompt(self, chat: Chat, where: str) -> str:
         """Return the text of a chat up to the start of the next answer."""
-        return self._render(self._served(chat), where, prompt=True)
+        with self._limited(where):
+            return self._render(self._served(chat), where, prompt=True)
+
+    def _limited(self, where: str) -> AbstractContextManager[None]:
+        """Limit the time of all renderings of a row: once, as the usual one takes only a few microseconds."""
+        return limited(f"{where}: {self.name}" if where else self.name)
 
     def _served(self, chat: Chat) -> Chat:
         """Return a chat in the form that the template receives.
@@ -226,14 +236,13 @@ class ChatTemplate:
     def _run(self, render: Callable[..., Any], chat: Chat, where: str, *, prompt: bool) -> Any:  # noqa: ANN401 - of jinja2
         """Render a chat with a method of the compiled template."""
         try:
-            with limited(f"{where}: {self.name}" if where else self.name):
-                return render(
-                    messages=self._form.roles(chat["messages"]),
-                    tools=chat.get("tools"),
-                    documents=None,
-                    add_generation_prompt=prompt,
-                    **self._special,
-                )
+            return render(
+                messages=self._form.roles(chat["messages"]),
+                tools=chat.get("tools"),
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._special,
+            )
         except MemoryError:
             raise DatasetInvalidError(
                 f"{where}: {self.name} ran out of memory: shorten the row, or simplify the template"
@@ -250,13 +259,7 @@ class ChatTemplate:
         earlier = chat | {"messages": chat["messages"][:number]}
         message = chat["messages"][number]
         prompt, through = self._render(earlier, where, prompt=True), self._render(newest, where)
-        opened = reasoning.opening(prompt)
-        if through.startswith(prompt):
-            rendered = reasoning.with_reasoning(message, through[len(prompt) :])
-        elif opened is not None and through.startswith(prompt[: opened.start()]):
-            rendered = reasoning.after_opening(opened, message, through[opened.start() :])
-        else:
-            rendered = self._moved_answer(earlier, prompt, through, where)
+        rendered = self._generated(earlier, message, prompt, through, where)
         through = prompt + rendered
         ends = [match.end() for match in self._ends.finditer(through, len(prompt))]
         if len(ends) == 1:
@@ -271,6 +274,15 @@ class ChatTemplate:
         within = [end for end in ends if end <= shared]
         end = within[-1] if within else next(end for end in ends if end > shared)
         return _Answer(number, prompt, through, end, ended=True)
+
+    def _generated(self, earlier: Chat, message: Message, prompt: str, through: str, where: str) -> str:
+        """Return the text that follows the prompt for an answer, as a model generates it."""
+        if through.startswith(prompt):
+            return reasoning.with_reasoning(message, through[len(prompt) :])
+        opened = reasoning.opening(prompt)
+        if opened is not None and through.startswith(prompt[: opened.start()]):
+            return reasoning.after_opening(opened, message, through[opened.start() :])
+        return self._moved_answer(earlier, prompt, through, where)
 
     def _marked_answer(self, chat: Chat, where: str) -> _Answer:
         """Locate the last answer of a chat by the template's marks."""
