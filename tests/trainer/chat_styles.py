@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -172,3 +179,28 @@ STYLES = {
         ("<|turn|>", "<|bot|>", "<|response|>", "<|end_response|>"),
     ),
 }
+
+
+def reasoned_chat(turns: int, name: str) -> dict[str, Any]:
+    """Return a chat whose answers have reasoning, which Qwen3's template omits from earlier ones."""
+    messages = []
+    for number in range(turns):
+        messages += [
+            {"role": "user", "content": f"Chat {name}: who keeps the lighthouse of Brinewick, question {number}?"},
+            {"role": "assistant", "content": f"Old Marta {number}.", "reasoning_content": f"It is green {number}."},
+        ]
+    return {"messages": messages}
+
+
+def share_prefixes(manifest: Path) -> None:
+    """Give a job rows that share prefixes: packed chats that become several rows."""
+    rows = manifest.with_name("reasoned.jsonl")
+    rows.write_text("".join(f"{json.dumps(reasoned_chat(3, str(number)))}\n" for number in range(40)))
+    job = yaml.safe_load(manifest.read_text())
+    job["spec"]["dataset"] = {
+        "train": [{"uri": f"file://{rows}"}],
+        "packing": True,
+        "maxLength": 320,
+        "chatTemplate": STYLES["qwen3"].template,
+    }
+    manifest.write_text(yaml.safe_dump(job))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.trainer import pods as processes
+from tests.trainer.chat_styles import share_prefixes
 from tests.trainer.pods import Pods, assert_equal, pods
 from tests.trainer.s3server import free_port
 from tests.trainer.slow_save import with_a_slow_save
@@ -53,6 +54,15 @@ def test_two_nodes_give_the_result_of_one(tmp_path: Path, base_model: Path, alon
     assert second.message == "rank 1 of 2 has finished; rank 0 has the result"
     assert "step 6/6" in two.log(0)
     assert "step" not in two.log(1)
+
+
+@pytest.mark.long
+def test_two_nodes_share_prefixes_as_one_does(tmp_path: Path, base_model: Path) -> None:
+    runs = [pods(tmp_path / str(nodes), base_model, nodes) for nodes in (2, 1)]
+    for run in runs:
+        share_prefixes(run.manifest)
+        run.finish()
+    assert_equal(*runs)
 
 
 def test_the_first_of_two_scores_the_suites(tmp_path: Path, base_model: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from tests.trainer.chat_styles import share_prefixes
 from tests.trainer.pods import ONE_THREAD, Container
 from tests.trainer.s3server import S3Server
 from tests.trainer.trainer_rig import chat_rows, job_manifest, write_rows
@@ -165,6 +166,19 @@ def test_a_killed_run_with_compiled_layers_resumes_with_the_same_bits(tmp_path: 
     again = runs[1].finish()
     assert "compiled" in again
     assert "resumed from the checkpoint of step" in again
+    same(runs[1], runs[0])
+
+
+@pytest.mark.long
+def test_a_killed_run_that_shares_prefixes_resumes_with_the_same_bits(tmp_path: Path, base_model: Path) -> None:
+    path = manifest(tmp_path, base_model)
+    share_prefixes(path)
+    runs = [Run(tmp_path / name, path) for name in ("whole", "killed")]
+    for run in runs:
+        run.folder.mkdir()
+    assert "tokens that rows of a chat have in common are computed once" in runs[0].finish()
+    runs[1].interrupt(signal.SIGKILL, 3 * EVERY, 0.3)
+    assert "resumed from the checkpoint of step" in runs[1].finish()
     same(runs[1], runs[0])
 
 

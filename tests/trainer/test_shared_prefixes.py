@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
-from tests.trainer.chat_styles import STYLES
+from tests.trainer.chat_styles import STYLES, reasoned_chat
 from tests.trainer.test_batches import close, gradient, reference, tiny
 from tests.trainer.test_chat_templates import tokenizer_of
 from tests.trainer.tiny_model import SMALL
@@ -32,17 +32,6 @@ if TYPE_CHECKING:
     from tests.trainer.trainer_rig import Workbench
 
 MODEL = SMALL | {"vocab_size": 500}
-
-
-def chat(turns: int, name: str = "1") -> dict[str, Any]:
-    """Return a chat whose answers have reasoning, so that it becomes a row per answer."""
-    messages = []
-    for number in range(turns):
-        messages += [
-            {"role": "user", "content": f"Chat {name}: who keeps the lighthouse of Brinewick, question {number}?"},
-            {"role": "assistant", "content": f"Old Marta {number}.", "reasoning_content": f"It is green {number}."},
-        ]
-    return {"messages": messages}
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ def learned(row: dict[str, Any]) -> tuple[list[int], list[int]]:
 def test_loss_and_gradient_of_a_chat_of_8_turns(
     base_model: Path, tmp_path: Path, config: PretrainedConfig, loss_on: LossOn
 ) -> None:
-    chats = packed_chats(base_model, tmp_path, [chat(8), chat(3, "2")], loss_on=loss_on)
+    chats = packed_chats(base_model, tmp_path, [reasoned_chat(8, "1"), reasoned_chat(3, "2")], loss_on=loss_on)
     (row,) = chats.packed
     if loss_on is LossOn.ASSISTANT_TURNS:
         assert len(chats.whole) == 11
@@ -125,7 +114,7 @@ def test_loss_and_gradient_of_a_chat_of_8_turns(
 
 
 def test_ranks_and_micro_batches_do_not_change_the_loss(base_model: Path, tmp_path: Path) -> None:
-    chats = packed_chats(base_model, tmp_path, [chat(3, str(number)) for number in range(5)], capacity=300)
+    chats = packed_chats(base_model, tmp_path, [reasoned_chat(3, str(number)) for number in range(5)], capacity=300)
     rows = list(chats.packed)
     assert len(rows) > 2
     model, base = tiny(Qwen3Config(**MODEL))
@@ -150,7 +139,7 @@ def test_ranks_and_micro_batches_do_not_change_the_loss(base_model: Path, tmp_pa
 
 @pytest.mark.parametrize("capacity", [250, 300, 2000])
 def test_every_row_is_packed_once_as_it_was(base_model: Path, tmp_path: Path, capacity: int) -> None:
-    chats = packed_chats(base_model, tmp_path, [chat(4, str(number)) for number in range(6)], capacity)
+    chats = packed_chats(base_model, tmp_path, [reasoned_chat(4, str(number)) for number in range(6)], capacity)
     assert chats.shared > 0
     assert max(len(row["input_ids"]) for row in chats.packed) <= capacity
     expected = sorted(learned(row) for row in chats.whole)
@@ -185,7 +174,7 @@ def test_sharing_changes_neither_loss_nor_adapter_of_a_step(bench: Workbench) ->
     loss, weights, tokens = {}, {}, {}
     for packing in (False, True):
         job = bench.job(
-            [chat(3, str(number)) for number in range(10)],
+            [reasoned_chat(3, str(number)) for number in range(10)],
             hyperparameters={"maxSteps": 1, "batchSize": 64, "warmupRatio": 0.0},
         )
         job["spec"]["dataset"] |= {"packing": packing, "maxLength": 512, "chatTemplate": STYLES["qwen3"].template}

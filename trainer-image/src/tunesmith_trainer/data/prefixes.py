@@ -37,6 +37,8 @@ class Trees:
 
     def places(self, trees: Sequence[int]) -> IntArray:
         """Return the places in `rows` of some trees."""
+        if len(self.bounds) == len(self.rows) + 1:  # each is one row
+            return np.asarray(trees)
         return np.concatenate([np.arange(self.bounds[tree], self.bounds[tree + 1]) for tree in trees])
 
 

@@ -238,23 +238,23 @@ def pack(rows: Path, indices: IntArray, sizes: Sizes, capacity: int, path: Path,
     trees = trees_of(keys, capacity, lambda chats: reader.rows(indices[chat].tolist() for chat in chats))
     own = lengths[trees.rows] - trees.starts
     groups = best_fit_decreasing(np.add.reduceat(own, trees.bounds[:-1]), capacity)
-    places = [trees.places(group) for group in groups]
-    read = reader.rows(indices[trees.rows[part]].tolist() for part in places)
+    read = reader.rows(indices[trees.rows[trees.places(group)]].tolist() for group in groups)
     shared = int(trees.starts.sum())
+    packed: list[int] = []
     with _Writer(path, paired=True, shared=shared > 0) as writer:
-        for batch in _batched(iter(places), _BATCH):
+        for batch in _batched(iter(groups), _BATCH):
+            places = [trees.places(group) for group in batch]
             ids, labels = [], []
-            for part, content in zip(batch, itertools.islice(read, len(batch)), strict=True):
-                starts = trees.starts[part].tolist()
-                ids.append(np.concatenate([row[start:] for start, (row, _) in zip(starts, content, strict=True)]))
+            for part, content in zip(places, itertools.islice(read, len(batch)), strict=True):
+                rest = [slice(start, None) for start in trees.starts[part]]
+                ids.append(np.concatenate([row[end] for end, (row, _) in zip(rest, content, strict=True)]))
                 labels.append(
-                    np.concatenate(
-                        [_first_ignored(row[start:]) for start, (_, row) in zip(starts, content, strict=True)]
-                    )
+                    np.concatenate([_first_ignored(row[end]) for end, (_, row) in zip(rest, content, strict=True)])
                 )
-            columns = [_lists(ids), _lists(labels), _lists([own[part] for part in batch])]
-            writer.write_columns([*columns, *([_lists([trees.starts[part] for part in batch])] if shared else [])])
-    return Packed(np.asarray([int(own[part].sum()) for part in places], np.int64), shared)
+            columns = [_lists(ids), _lists(labels), _lists([own[part] for part in places])]
+            writer.write_columns([*columns, *([_lists([trees.starts[part] for part in places])] if shared else [])])
+            packed += map(len, ids)
+    return Packed(np.asarray(packed, np.int64), shared)
 
 
 def _first_ignored(labels: IntArray) -> IntArray:
