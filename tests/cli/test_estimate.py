@@ -27,6 +27,7 @@ PREFLIGHT: dict[str, Any] = {
     "tokens": 4000,
     "targetTokens": 1500,
     "packedSequences": 12,
+    "sharedTokens": 900,
     "servable": {"vllm": False, "reason": "DoRA is served merged only"},
     "trainableParameters": 1000,
     "estimatedPeakBytes": 6 * 2**30,
@@ -75,7 +76,7 @@ def test_the_estimate_as_text(estimate: Estimate) -> None:
     for line in (
         "rows          90 to train on, 10 held out, 2 dropped",
         "  Overlong    2, such as train.jsonl line 3: has 900 tokens",
-        "tokens        4000, 1500 of them learned, in 12 packed sequences",
+        "tokens        4000, 1500 of them learned, 900 computed with another row, in 12 packed sequences",
         "servable      no: DoRA is served merged only",
         "steps         30 of 8 sequences",
         "micro-batch   2 sequences, gradient checkpointing on",
@@ -127,7 +128,8 @@ def test_the_gpu_time_and_its_cost(estimate: Estimate, monkeypatch: pytest.Monke
         return Jobs()
 
     monkeypatch.setattr("tunesmith.cli.estimate.connect", connect)
-    report = SUCCEEDED | {"preflight": PREFLIGHT | {"verdict": "Fits", "packedSequences": None}}
+    counted = PREFLIGHT | {"verdict": "Fits", "packedSequences": None, "sharedTokens": None}
+    report = SUCCEEDED | {"preflight": counted}
     tokens = 4000 * 30 * 8 / 90
     _, out, _, _ = estimate(report, "--price-per-hour", "3.6")
     assert f"about {tokens / 20:.0f} GPU-seconds on a GPU of unknown kind, at 20 tokens/s per GPU as in before" in out

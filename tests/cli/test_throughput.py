@@ -34,6 +34,8 @@ def test_tokens_of_all_steps() -> None:
     assert status.preflight is not None
     packed = status.preflight.model_copy(update={"packed_sequences": 5})
     assert trained_tokens(packed, status.resolved) == 4000
+    shared = packed.model_copy(update={"shared_tokens": 500})
+    assert trained_tokens(shared, status.resolved) == 3000
     assert trained_tokens(None, status.resolved) is None
 
 
