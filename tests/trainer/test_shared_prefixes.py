@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from tests.trainer.tiny_model import SMALL
 from tunesmith.api.dataset import LossOn
 from tunesmith_trainer.base_model.layers import can_share_prefixes
 from tunesmith_trainer.data import IGNORED, Encoder, Row, RowForm
-from tunesmith_trainer.data.prefixes import sequences, shared_tokens
+from tunesmith_trainer.data.prefixes import sequences, shared_tokens, trees_of
 from tunesmith_trainer.data.tokens import _Writer, measure, open_rows, pack
 from tunesmith_trainer.training.batches import Collator, Layout, first_whole_rows, without_shared_prefixes
 from tunesmith_trainer.training.layout import choose_loss_implementation, shares_prefixes
@@ -150,6 +151,17 @@ def test_every_row_is_packed_once_as_it_was(base_model: Path, tmp_path: Path, ca
     assert len(parts) == len(first_whole_rows(chats.packed, len(chats.packed)))
     separate = [{"input_ids": ids, "labels": labels} for part in parts for ids, labels in sequences(part)]
     assert sorted(map(learned, separate)) == expected
+
+
+def test_the_keys_that_attention_gathers_are_bounded() -> None:
+    text = np.arange(400)
+    rows = [(text[: end + 2], np.where(text[: end + 2] > end, text[: end + 2], IGNORED)) for end in range(20, 398, 2)]
+    trees = trees_of(np.zeros(len(rows), np.uint64), 1000, lambda _: iter([rows]))
+    assert sorted(trees.rows) == list(range(len(rows)))
+    for begin, end in itertools.pairwise(trees.bounds):
+        whole = sum(len(rows[row][0]) for row in trees.rows[begin:end])
+        assert whole <= 4 * (whole - trees.starts[begin:end].sum())
+    assert len(trees.bounds) - 1 < len(rows) / 4
 
 
 def test_what_is_learned_is_never_in_a_shared_prefix() -> None:

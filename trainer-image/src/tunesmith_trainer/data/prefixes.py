@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     """Tokens and labels."""
 
 
+_MAX_SHARE = 4
+"""Maximum tokens of the whole rows of a tree per token of the tree: attention gathers the keys of whole rows, and the
+estimate of memory does not count them."""
+
+
 @dataclass(frozen=True)
 class Trees:
     """Rows as trees; a row that shares nothing is a tree of its own.
@@ -72,15 +77,15 @@ def _trees(rows: Sequence[Row], capacity: int) -> Iterator[list[tuple[int, int]]
     while left:
         trunk = left.pop()  # the last answer comes after the most messages
         tree, size = [(trunk, 0)], len(rows[trunk][0])
-        others, left = left, []
+        others, left, whole = left, [], size
         for number in others:
-            start = shared_tokens(rows[trunk][0], *rows[number])
-            added = len(rows[number][0]) - start
+            start, tokens = shared_tokens(rows[trunk][0], *rows[number]), len(rows[number][0])
+            larger = size + tokens - start
             if start == 0:
                 yield [(number, 0)]
-            elif size + added <= capacity:
+            elif larger <= capacity and whole + tokens <= _MAX_SHARE * larger:
                 tree.append((number, start))
-                size += added
+                size, whole = larger, whole + tokens
             else:
                 left.append(number)
         yield tree
