@@ -88,10 +88,6 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
         [{**messages(message("system", "a"), *GOOD["messages"]), "system": "b"}],
         "has a system message, and another text in 'system': remove one of them",
     ),
-    "a system prompt that other rows lack": (
-        [GOOD, {**chat_row("Where?", "There."), "system": "b"}],
-        "line 2: has 'system', which the rows from train.jsonl line 1 do not have",
-    ),
     "a history of texts": (
         [{**GOOD, "history": ["a"]}],
         "message 1 is a string, not an object",
