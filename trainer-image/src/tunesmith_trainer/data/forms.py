@@ -44,6 +44,8 @@ SFT_FORMS = FORMS[ObjectiveName.SFT]
 """Forms of which each is a text with a part that is learned."""
 FUNCTIONS = "functions"
 """Column of the tools beside a `function_call` in rows of OpenAI's."""
+_RATING = "label"
+_BAD_RATINGS = ("false", "False")
 _ANSWER_MARK = "\n\nAssistant:"
 """Text that precedes each answer in dialogues written as one text (HH-RLHF)."""
 REQUIRED = {
@@ -133,6 +135,11 @@ def _first_answer(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 
 def _prompt_completion(value: dict[str, Any], names: dict[str, str], origin: Origin) -> dict[str, Any]:
+    if value.get(_RATING) is False or value.get(_RATING) in _BAD_RATINGS:
+        raise RowError(
+            f"has '{_RATING}': false, so its answer is rated as bad and would be learned as if it were good: set "
+            f"objective.kto, which learns from ratings, or remove such rows or the column '{_RATING}'"
+        )
     return _prompt_and_answers(value, names, origin, "completion")
 
 
