@@ -18,6 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.trainer.architectures import FAMILIES, Family, make
 from tests.trainer.methods_rig import PROMPTS, distance, spec_of, try_method
 from tests.trainer.verify_architectures import limit_of
+from tunesmith.contracts.servability import of_any_layer
+from tunesmith.contracts.vllm_architectures import VLLM as VLLM_RELEASE
+from tunesmith.contracts.vllm_modules import ASKED, UNADAPTED
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.errors import InvalidSpecError
@@ -154,6 +157,14 @@ def test_an_adapter_is_servable_without_the_modules_that_vllm_does_not_adapt() -
     )
     named = {"targetModules": ["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]}
     assert plan("GLM-4-0414", {"lora": named}).servable.vllm
+
+
+def test_the_modules_that_vllm_does_not_adapt_are_those_of_the_pinned_release() -> None:
+    """After an update of vLLM, run `make verify-architectures`."""
+    assert ASKED == VLLM_RELEASE
+    known = {modules(name).class_name: {of_any_layer(full) for full in modules(name).linear} for name in BY_NAME}
+    for architecture, names in UNADAPTED.items():
+        assert names <= known[architecture]
 
 
 def test_an_adapter_of_a_language_model_alone_is_not_servable_with_the_whole_model() -> None:

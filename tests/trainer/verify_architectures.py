@@ -36,7 +36,7 @@ from tunesmith.contracts import vllm_modules
 from tunesmith.contracts.parity import PARITY_FILE, Parity
 from tunesmith.contracts.safetensors import LENGTH_BYTES
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_RANK, of_any_layer
-from tunesmith.contracts.vllm_architectures import WITH_ADAPTERS
+from tunesmith.contracts.vllm_architectures import VLLM, WITH_ADAPTERS
 from tunesmith.contracts.vllm_modules import UNADAPTED
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError, check_config, check_header, check_length, weight_bounds
@@ -297,6 +297,7 @@ def write_unadapted(found: dict[str, list[str] | None]) -> None:
             lines += [f'            "{module}",' for module in sorted(modules)]
             lines += ["        }", "    ),"]
     head, rest = UNADAPTED_MODULE.read_text().split("UNADAPTED:", 1)
+    head = re.sub(r'ASKED = ".*"', f'ASKED = "{VLLM}"', head)
     UNADAPTED_MODULE.write_text("\n".join([head + lines[0], *lines[1:], rest[rest.index('}\n"""') :]]))
 
 

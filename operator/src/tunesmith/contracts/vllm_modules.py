@@ -1,5 +1,7 @@
 """Linear modules that vLLM cannot adapt. Written by `make verify-architectures`, from engines: do not edit."""
 
+ASKED = "0.32"
+"""Release of vLLM that was asked."""
 UNADAPTED: dict[str, frozenset[str]] = {
     "GPTBigCodeForCausalLM": frozenset(
         {
