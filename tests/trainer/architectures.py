@@ -91,7 +91,6 @@ class Family:
         explicit: names for targetModules.
         experts: names for targetParameters; empty without experts.
         engine: further arguments of vLLM's `LLM`.
-        unmeasured: reason why vLLM cannot serve it on a CPU; empty: it can.
     """
 
     name: str
@@ -100,7 +99,6 @@ class Family:
     explicit: tuple[str, ...] = ("q_proj", "v_proj")
     experts: tuple[str, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
-    unmeasured: str = ""
 
     @property
     def config(self) -> PretrainedConfig:
