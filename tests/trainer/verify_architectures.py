@@ -165,7 +165,7 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
         cells = [family.name, f"`{family.model_type}`", cell(family, "lora"), adapted, merged]
         cells += [cell(family, "qlora"), f"{in_4_bits.quantized_percent} %" if in_4_bits is not None else "–"]
         cells += [cell(family, column) for column in ("ia3", "full", "named", "experts")]
-        cells += [_served(family, tried, note), _parity(family, tried)]
+        cells += [_served(family, tried, note), _parity(family, tried, note)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*_HEAD, *lines, "", "## Notes", "", *(f"{i}. {text}" for i, text in enumerate(notes, 1)), ""])
 
@@ -181,13 +181,13 @@ def _served(family: Family, tried: dict[str, Tried], note: Callable[[Family, str
     return f"{kind} {note(family, lora.servable.reason)}"
 
 
-def _parity(family: Family, tried: dict[str, Tried]) -> str:
+def _parity(family: Family, tried: dict[str, Tried], note: Callable[[Family, str | None], str]) -> str:
     one = [tried[key] for column in _SERVED if (key := f"{family.name}/{column}") in tried]
     if not any(each.result.artifact is not None and each.result.artifact.servable.vllm for each in one):
         return "–"
     found = [each.engine for each in one if each.engine is not None]
     if not found:
-        return "not measured"
+        return f"not measured {note(family, family.unmeasured)}" if family.unmeasured else "not measured"
     kind = family.engine.get("dtype")
     return figure(max(found)) if kind is None else f"{figure(max(found))} in {kind}"
 
@@ -220,7 +220,8 @@ _HEAD = [
     "- **named**: `lora` with modules given by name; **experts**: `lora` with `targetParameters`.",
     "- **vLLM**: whether the engine applies the adapter of `lora: {}`, or that of **named** modules only; **parity**:",
     "  greatest difference of log-probabilities between a real vLLM on a CPU (in float32, where no other type is",
-    "  given) and the `parity.json` of the artifacts of **lora** and **named**.",
+    "  given) and the `parity.json` of the artifacts of **lora** and **named**. Experts, which have no adapter there,",
+    "  are computed as without `--enable-lora`: with it, vLLM has kernels for GPUs only.",
     "",
     f"| {' | '.join(_COLUMNS)} |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -257,8 +258,9 @@ def main() -> int:
             if family.experts:
                 # vLLM's kernels for CPUs have no adapters of experts, which it would prepare for.
                 engine["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in names})
-            request = engine_request(lora, base, work / "runs" / family.model_type, names, **engine)
-            requests.append((family, request))
+            if not family.unmeasured:
+                request = engine_request(lora, base, work / "runs" / family.model_type, names, **engine)
+                requests.append((family, request))
             for one in lora.values():
                 check_agent(one, base)
             tried |= own
