@@ -255,6 +255,7 @@ FAMILIES = [
         "minimax_m2",
         _MIXTRAL | {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
         experts=_EXPERTS,
+        unmeasured="vLLM's router of experts for CPUs has no sigmoid",
     ),
     Family(
         "Nemotron-H",

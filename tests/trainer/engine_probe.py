@@ -23,6 +23,8 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.models import registry
 
+_LAYER = "base_layer"
+"""Attribute of a layer with adapters."""
 SECONDS = 1800
 """Time limit of an engine."""
 
@@ -46,7 +48,8 @@ def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None)
 def unadapted(model: Any, modules: list[str]) -> list[str]:
     """Return the modules whose adapters vLLM refuses (`WorkerLoRAManager._load_adapter`) or ignores.
 
-    It refuses names with an unknown last part, and applies the matrices whose names are those of its own layers.
+    It refuses names with an unknown last part, and applies the matrices whose names are those of its own layers, if
+    the model computes with them under these names.
     """
     manager = model.lora_manager
     packed = manager.packed_modules_mapping
@@ -54,10 +57,13 @@ def unadapted(model: Any, modules: list[str]) -> list[str]:
     reached = set(manager.modules) | {name for names in manager.packed_modules.values() for name in names}
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     renames = None if mapper is None else mapper.get_rename_mapper()
+    # A layer that is also an attribute of another module is adapted under one of its names only.
+    bypassed = {id(layer) for name, layer in model.named_modules(remove_duplicate=False) if _LAYER not in name}
     found = []
     for name in modules:
         own, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", renames)
-        if own.rpartition(".")[2] not in expected or own not in reached:
+        layer = getattr(manager.modules.get(own), _LAYER, None)
+        if own.rpartition(".")[2] not in expected or own not in reached or id(layer) in bypassed:
             found.append(name)
     return found
 

@@ -13,5 +13,20 @@ UNADAPTED: dict[str, frozenset[str]] = {
             "model.layers.mlp.gate_up_proj",
         }
     ),
+    "Qwen2MoeForCausalLM": frozenset(
+        {
+            "model.layers.mlp.shared_expert_gate",
+        }
+    ),
+    "Qwen3NextForCausalLM": frozenset(
+        {
+            "model.layers.mlp.shared_expert_gate",
+        }
+    ),
+    "Qwen3_5MoeForCausalLM": frozenset(
+        {
+            "model.layers.mlp.shared_expert_gate",
+        }
+    ),
 }
 """Full names, without the numbers of layers, of modules whose adapters vLLM refuses or ignores, by architecture."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from tunesmith.api.finetunejob_status import ServableStatus
-from tunesmith.api.methods.lora import LoraFields
+from tunesmith.api.methods.lora import LORA, LoraFields
 from tunesmith.api.output import Servable
 from tunesmith.contracts.servability import (
     ADAPTER_CONFIG,
@@ -26,6 +26,7 @@ from tunesmith.contracts.servability import (
 )
 from tunesmith.contracts.vllm_architectures import VLLM, WITH_ADAPTERS, WITHOUT_ADAPTERS
 from tunesmith_trainer.errors import NotServableError, SelfCheckError
+from tunesmith_trainer.methods.targets import adaptable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -87,7 +88,7 @@ def on_base(modules: Modules, adapted: Iterable[str]) -> ServableStatus:
         )
     if class_name in WITH_ADAPTERS:
         try:
-            check_modules(class_name, adapted, modules.linear)
+            check_modules(class_name, adapted, adaptable(modules, str(LORA.peft_type)))
         except UnservableError as error:
             return _not_servable(str(error))
         return _SERVABLE
