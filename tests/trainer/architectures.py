@@ -228,6 +228,7 @@ FAMILIES = [
             "interleave_moe_layer_step": 2,
             "attention_chunk_size": 128,
         },
+        explicit=("v_proj", "o_proj"),
         experts=_EXPERTS,
     ),
     Family("ERNIE 4.5", "ernie4_5"),
