@@ -94,6 +94,7 @@ class Agent:
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._draining = False
+        self._named: frozenset[str] = frozenset()
         self._download_slots = asyncio.Semaphore(PARALLEL_DOWNLOADS)
         self._guard = Guard(
             engine,
@@ -289,19 +290,25 @@ class Agent:
     async def _name_base(self) -> bool:
         """Set the names of the base model; return True if they have changed."""
         snapshot, names = self._snapshot, sorted(revision.engine_name for revision in self._base_revisions())
-        if snapshot is None or self._desired.current is None or snapshot.state.adapters.base_names == names:
+        if snapshot is None or self._desired.current is None:
+            return False
+        present = snapshot.state.adapters.base_names
+        # What is about to be removed is not reported any more, even if the list changes meanwhile.
+        self._named = frozenset(present) & frozenset(names)
+        if present == names:
             return False
         try:
             await self._engine.set_base_names(names)
         except EngineDownError as error:
             log.warning("the names of the base model: %s", error)
             return False
+        self._named = frozenset(names)
         return True
 
     def _base_residencies(self) -> list[Residency]:
-        named = set()
+        named: frozenset[str] = frozenset()
         if self._snapshot is not None and self._guard.ready:
-            named = set(self._snapshot.state.adapters.base_names)
+            named = self._named.intersection(self._snapshot.state.adapters.base_names)
         return [
             Residency(
                 engine_name=revision.engine_name,
