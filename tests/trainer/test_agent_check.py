@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.trainer import agent_package  # noqa: F401 - before the agent's modules
 from tests.trainer.methods_cases import CASES, LOFTQ, Case
 from tests.trainer.methods_rig import plan, try_method
 from tunesmith.api.finetunejob_status import ServableStatus
@@ -18,14 +18,10 @@ from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name
 from tunesmith.contracts.servability import ADAPTER_CONFIG, MAX_RANK
-from tunesmith_trainer.errors import InvalidSpecError
-
-# The agent's package has a separate environment; the imported part needs numpy only.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "server-image/src"))
-
 from tunesmith_server.artifact import PodLimits, fetch_artifact
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError
+from tunesmith_trainer.errors import InvalidSpecError
 
 STORE, FINGERPRINT = "s3://tunesmith", "sha256:" + "b" * 64
 _QV = ["q_proj", "v_proj"]

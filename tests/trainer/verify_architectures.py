@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.trainer import agent_package  # noqa: F401 - before the agent's modules
 from tests.trainer.architectures import FAMILIES, Family, make
 from tests.trainer.verify_methods import (
     PARITY_LIMIT,
