@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,6 +21,9 @@ from tunesmith_server.artifact import PodLimits, fetch_artifact
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError
 from tunesmith_trainer.errors import InvalidSpecError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STORE, FINGERPRINT = "s3://tunesmith", "sha256:" + "b" * 64
 _QV = ["q_proj", "v_proj"]
