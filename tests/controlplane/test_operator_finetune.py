@@ -260,7 +260,7 @@ async def test_a_missing_secret_is_reported_while_the_job_waits(world: World) ->
     world.kubelet.script = lambda _: Waiting("CreateContainerConfigError", 'secret "tunesmith-store" not found')
     await world.submit()
     condition = await world.until_condition("Validated", "Unknown", reason="SecretNotFound")
-    assert 'secret "tunesmith-store" not found; create it in the namespace' in condition["message"]
+    assert 'secret "tunesmith-store" not found; create it in the pod\'s namespace' in condition["message"]
 
 
 async def test_an_attempt_whose_job_is_deleted_is_followed_by_another(world: World) -> None:
