@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith_server import canary
 from tunesmith_server.canary import CanaryAnswer
 from tunesmith_server.engine import EngineDownError, RequestRefusedError
+from tunesmith_server.state_file import read_state, write_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
@@ -130,7 +131,7 @@ class Guard:
         self._canary_seconds = canary_seconds
         self._hang_seconds = hang_seconds
         self._stall_seconds = stall_seconds
-        self._record = _read_record(self._path)
+        self._record = read_state(self._path, GuardRecord())
         self._boot = _Boot()
         self._boot_id = ""
         self._resident: dict[str, str] = {}
@@ -394,22 +395,7 @@ class Guard:
 
     def _save(self, **changes: object) -> None:
         self._record = self._record.model_copy(update=changes)
-        temporary = self._path.with_name(f".{self._path.name}")
-        try:
-            temporary.write_text(self._record.model_dump_json())
-            temporary.replace(self._path)
-        except OSError as error:
-            log.warning("%s cannot be written: %s", self._path, error.strerror)
-
-
-def _read_record(path: Path) -> GuardRecord:
-    try:
-        return GuardRecord.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return GuardRecord()
-    except (OSError, ValidationError) as error:
-        log.warning("%s cannot be read and is replaced: %s", path, type(error).__name__)
-        return GuardRecord()
+        write_state(self._path, self._record)
 
 
 def _digest(path: str) -> str:

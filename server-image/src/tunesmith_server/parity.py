@@ -14,7 +14,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.api.parity import ParityMode, ParityVerdict
 from tunesmith.contracts.agent import AdapterParity
@@ -38,6 +38,7 @@ from tunesmith.contracts.parity import (
 )
 from tunesmith_server.artifact import adapter_folder
 from tunesmith_server.engine import EngineDownError, EngineLostError, RequestRefusedError
+from tunesmith_server.state_file import read_state, write_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -153,7 +154,7 @@ class ParityChecks:
         self._adapters = adapters
         self._path = state / FILE
         self._changed = changed
-        self._record = _read_record(self._path)
+        self._record = read_state(self._path, ParityRecord())
         self._retries: dict[str, _Retry] = {}
         self._check: asyncio.Task[None] | None = None
         self._checked: DesiredAdapter | None = None
@@ -319,26 +320,11 @@ class ParityChecks:
 
     def _save(self, **changes: object) -> None:
         self._record = self._record.model_copy(update=changes)
-        temporary = self._path.with_name(f".{self._path.name}")
-        try:
-            temporary.write_text(self._record.model_dump_json())
-            temporary.replace(self._path)
-        except OSError as error:
-            log.warning("%s cannot be written: %s", self._path, error.strerror)
+        write_state(self._path, self._record)
 
 
 def _is_in_background(adapter: DesiredAdapter) -> bool:
     return adapter.parity is not ParityMode.REQUIRED
-
-
-def _read_record(path: Path) -> ParityRecord:
-    try:
-        return ParityRecord.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return ParityRecord()
-    except (OSError, ValidationError) as error:
-        log.warning("%s cannot be read and is replaced: %s", path, type(error).__name__)
-        return ParityRecord()
 
 
 def _recorded(folder: Path, length: int) -> list[Parity]:
