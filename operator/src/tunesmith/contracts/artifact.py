@@ -7,13 +7,13 @@ import json
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tunesmith.api.finetunejob_status import EvaluationStatus, ServableStatus
 from tunesmith.api.model import StatusModel
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, MERGED_MANIFEST
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith.contracts.strict_json import parse_object
+from tunesmith.contracts.strict_json import parse_model, parse_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,15 +121,9 @@ def parse_manifest(document: bytes) -> ArtifactManifest:
     Raises:
         ValueError: it is malformed; the text names the first problem.
     """
-    try:
-        parsed = parse_object(document, max_bytes=MAX_MANIFEST_BYTES, max_values=_MANIFEST_VALUES)
-        return ArtifactManifest.model_validate(parsed)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{ARTIFACT_MANIFEST} is malformed: {field}: {first['msg']}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{ARTIFACT_MANIFEST} is malformed: {error}") from None
+    return parse_model(
+        ArtifactManifest, document, ARTIFACT_MANIFEST, max_bytes=MAX_MANIFEST_BYTES, max_values=_MANIFEST_VALUES
+    )
 
 
 def merged_files(document: bytes) -> dict[str, str]:

@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from tunesmith.api.model import StatusModel
 from tunesmith.api.parity import ParityVerdict
-from tunesmith.contracts.strict_json import parse_object
+from tunesmith.contracts.strict_json import parse_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -105,16 +105,7 @@ def parse_parity(document: bytes, name: str) -> Parity:
     Raises:
         ValueError: it is malformed or exceeds a limit; the text names the first problem.
     """
-    try:
-        parity = Parity.model_validate(parse_object(document, max_bytes=MAX_PARITY_BYTES, max_values=_MAX_VALUES))
-        _check_limits(parity)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{name} is malformed: {field}: {first['msg']}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is malformed: {error}") from None
-    return parity
+    return parse_model(Parity, document, name, max_bytes=MAX_PARITY_BYTES, max_values=_MAX_VALUES, check=_check_limits)
 
 
 def _check_limits(parity: Parity) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _MAX_DIGITS = 32
 """Highest number of digits of a number; conversion takes quadratic time."""
@@ -38,6 +45,41 @@ def parse_object(document: bytes, *, max_bytes: int, max_values: int) -> dict[st
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def parse_model(
+    model: type[Model],
+    document: bytes,
+    name: str,
+    *,
+    max_bytes: int,
+    max_values: int,
+    check: Callable[[Model], None] | None = None,
+) -> Model:
+    """Return the content of an untrusted file as a model.
+
+    Args:
+        model: its class.
+        document: the file's bytes.
+        name: the file's name, for messages.
+        max_bytes: highest number of bytes.
+        max_values: highest number of values.
+        check: raises ValueError for a model that exceeds a limit.
+
+    Raises:
+        ValueError: it is malformed or exceeds a limit; the text names the file and the first problem.
+    """
+    try:
+        parsed = model.model_validate(parse_object(document, max_bytes=max_bytes, max_values=max_values))
+        if check is not None:
+            check(parsed)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{name} is malformed: {field}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is malformed: {error}") from None
+    return parsed
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
