@@ -19,11 +19,13 @@ from tunesmith.contracts.apikey import (
     KEY_KIND,
     KEY_LABEL,
     KEY_PREFIX,
+    MAX_LIMIT,
     ApiKey,
     key_record,
     new_key,
     parse_key_record,
     rotated,
+    time_text,
 )
 from tunesmith.contracts.installation import DEFAULT_NAMESPACE as GATEWAY_NAMESPACE
 
@@ -67,19 +69,19 @@ def create(
     ] = None,
     requests_per_minute: Annotated[
         int | None,
-        typer.Option(min=1, max=999_999_999, help="Requests that it may send in a minute; absent: no limit."),
+        typer.Option(min=1, max=MAX_LIMIT, help="Requests that it may send in a minute; absent: no limit."),
     ] = None,
     tokens_per_minute: Annotated[
         int | None,
-        typer.Option(min=1, max=999_999_999, help="Tokens of prompts and answers in a minute; absent: no limit."),
+        typer.Option(min=1, max=MAX_LIMIT, help="Tokens of prompts and answers in a minute; absent: no limit."),
     ] = None,
     tokens_per_day: Annotated[
         int | None,
-        typer.Option(min=1, max=999_999_999, help="Tokens of prompts and answers in a day; absent: no limit."),
+        typer.Option(min=1, max=MAX_LIMIT, help="Tokens of prompts and answers in a day; absent: no limit."),
     ] = None,
     max_concurrency: Annotated[
         int | None,
-        typer.Option(min=1, max=999_999_999, help="Sequences (choices × prompts) running at once; absent: no limit."),
+        typer.Option(min=1, max=MAX_LIMIT, help="Sequences (choices × prompts) running at once; absent: no limit."),
     ] = None,
     expires_in: Annotated[
         str | None, typer.Option(help="Time after which it is refused, such as 12h or 90d; absent: never.")
@@ -224,12 +226,13 @@ async def _create(
             raise CliError(
                 f"the key {name} already exists: choose another name, or delete it with `tunesmith keys delete {name}`"
             ) from None
+    made = parse_key_record(record)
     if output_format is Format.JSON:
-        print_json({"key": key, **_fields(parse_key_record(record))})
+        print_json({"key": key, **_fields(made)})
         return
     print_line(key)
     what = "all models" if allowed == ["*"] else ", ".join(allowed)
-    bounds = _limits_text(parse_key_record(record), " and ")
+    bounds = _limits_text(made, " and ")
     note(
         f"Key {name} may call {what} of {', '.join(namespaces)}{f', {bounds}' if bounds else ''}. Keep it: it is not"
         " stored and not shown again."
@@ -240,7 +243,7 @@ async def _create(
 async def _list(gateway_namespace: str, output_format: Format) -> None:
     async with await connect() as cluster:
         records = await cluster.list(KEY_KIND, gateway_namespace, labels=f"{KEY_LABEL}=true")
-    rows: list[dict[str, object]] = []
+    rows = []
     lines = []
     for record in records:
         created = record["metadata"].get("creationTimestamp", "")
@@ -251,10 +254,9 @@ async def _list(gateway_namespace: str, output_format: Format) -> None:
             continue
         fields = _fields(key)
         rows.append({**fields, "created": created})
-        models = ",".join(sorted(key.models)) if key.models is not None else "*"
-        expires = str(fields["expires"] or "-")
-        calls = ",".join(sorted(key.namespaces))
-        lines.append((key.name, key.home, calls, models, _limits_text(key, ",") or "-", expires, created))
+        calls, models = (",".join(fields[name]) for name in ("namespaces", "models"))
+        limits, expires = _limits_text(key, ",") or "-", fields["expires"] or "-"
+        lines.append((key.name, key.home, calls, models, limits, expires, created))
     if output_format is Format.JSON:
         print_json(rows)
         return
@@ -265,9 +267,8 @@ async def _list(gateway_namespace: str, output_format: Format) -> None:
     )
 
 
-def _fields(key: ApiKey) -> dict[str, object]:
+def _fields(key: ApiKey) -> dict[str, Any]:
     """Return what programs read about a key."""
-    expires = None if key.expires is None else datetime.fromtimestamp(key.expires, UTC)
     return {
         "name": key.name,
         "namespace": key.home,
@@ -277,7 +278,7 @@ def _fields(key: ApiKey) -> dict[str, object]:
         "tokensPerMinute": key.tokens_per_minute,
         "tokensPerDay": key.tokens_per_day,
         "maxConcurrency": key.max_concurrency,
-        "expires": expires and expires.isoformat().replace("+00:00", "Z"),
+        "expires": None if key.expires is None else time_text(datetime.fromtimestamp(key.expires, UTC)),
     }
 
 
@@ -312,7 +313,7 @@ async def _rotate(name: str, until: datetime, gateway_namespace: str, output_for
             await cluster.replace(record | {"data": rotated(record, key, until)})
         except ConflictError:
             raise CliError(f"the key {name} was changed meanwhile: run the command again") from None
-    ends = until.isoformat(timespec="seconds").replace("+00:00", "Z")
+    ends = time_text(until)
     if output_format is Format.JSON:
         print_json({"key": key, "previousExpires": ends, **_fields(present)})
         return

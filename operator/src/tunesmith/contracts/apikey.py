@@ -23,6 +23,8 @@ KEY_PREFIX = "api-key-"
 KEY_KIND = "ConfigMap"
 _ALL = "*"
 _HASH = re.compile(r"^[0-9a-f]{64}$")
+MAX_LIMIT = 999_999_999
+"""Highest limit of a key, of nine digits."""
 _COUNT = re.compile(r"^[1-9][0-9]{0,8}$", re.ASCII)
 
 
@@ -122,7 +124,7 @@ def key_record(
             "namespaces": json.dumps(list(namespaces)),
             "models": json.dumps(list(models)),
             **{field: str(value) for field, value in limits.items() if value is not None},
-            **({"expires": _time_text(expires)} if expires else {}),
+            **({"expires": time_text(expires)} if expires else {}),
         },
     }
 
@@ -133,7 +135,7 @@ def rotated(record: Mapping[str, Any], key: str, overlap_until: datetime) -> dic
     return data | {
         "hash": key_digest(key).hex(),
         "previousHash": data["hash"],
-        "previousExpires": _time_text(overlap_until),
+        "previousExpires": time_text(overlap_until),
     }
 
 
@@ -179,7 +181,7 @@ def _limit(data: Mapping[str, str], field: str) -> int | None:
     if text is None:
         return None
     if not _COUNT.match(text.strip()):
-        raise ValueError(f"`{field}` must be a number from 1 to 999999999")
+        raise ValueError(f"`{field}` must be a number from 1 to {MAX_LIMIT}")
     return int(text)
 
 
@@ -196,7 +198,8 @@ def _time(data: Mapping[str, str], field: str) -> float | None:
     return moment.timestamp()
 
 
-def _time_text(moment: datetime) -> str:
+def time_text(moment: datetime) -> str:
+    """Return a time as key records have it, such as `2027-01-31T00:00:00Z`."""
     return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 

@@ -103,24 +103,18 @@ def expired_key() -> ApiError:
 
 def too_many_requests(limit: int, seconds: int, headers: dict[str, str]) -> ApiError:
     """429: the key's requests of the last minute."""
-    return ApiError(
-        HTTPStatus.TOO_MANY_REQUESTS,
-        f"Your API key may send {limit} requests per minute. Try again in {seconds} s.",
-        code="rate_limit_exceeded",
-        type_="rate_limit_error",
-        headers={**headers, "Retry-After": str(seconds)},
-    )
+    message = f"Your API key may send {limit} requests per minute. Try again in {seconds} s."
+    return _too_many(message, "rate_limit_exceeded", seconds, headers=headers)
 
 
 def too_many_tokens(limit: int, unit: str, seconds: int) -> ApiError:
     """429: the key's tokens of this minute or day."""
-    return ApiError(
-        HTTPStatus.TOO_MANY_REQUESTS,
+    return _too_many(
         f"Your API key may use {limit} tokens per {unit}, and the rest of them is less than this request needs (its"
         f" prompt and max_tokens). Try again in {seconds} s, or lower max_tokens.",
-        code="rate_limit_exceeded",
+        "rate_limit_exceeded",
+        seconds,
         type_="tokens",
-        headers={"Retry-After": str(seconds)},
     )
 
 
@@ -136,13 +130,11 @@ def too_many_tokens_for_key(tokens: int, limit: int) -> ApiError:
 
 def too_many_running(limit: int) -> ApiError:
     """429: the key's sequences at once."""
-    return ApiError(
-        HTTPStatus.TOO_MANY_REQUESTS,
+    return _too_many(
         f"Your API key may have {limit} sequences (choices × prompts) running at once. Wait for some of its requests to"
         " finish.",
-        code="concurrency_limit_exceeded",
-        type_="rate_limit_error",
-        headers={"Retry-After": "1"},
+        "concurrency_limit_exceeded",
+        1,
     )
 
 
@@ -313,6 +305,18 @@ def method_not_allowed(method: str, path: str, allowed: str) -> ApiError:
     )
 
 
+def _too_many(
+    message: str, code: str, retry_after: int, *, type_: str = "rate_limit_error", headers: dict[str, str] | None = None
+) -> ApiError:
+    return ApiError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        message,
+        code=code,
+        type_=type_,
+        headers={**(headers or {}), "Retry-After": str(retry_after)},
+    )
+
+
 def _unavailable(message: str, code: str, retry_after: int) -> ApiError:
     return ApiError(
         HTTPStatus.SERVICE_UNAVAILABLE,
@@ -373,12 +377,10 @@ def over_budget() -> ApiError:
 
 def key_over_budget(limit: int) -> ApiError:
     """429: the key's requests in flight use up its part of the gateway's memory."""
-    return ApiError(
-        HTTPStatus.TOO_MANY_REQUESTS,
+    return _too_many(
         f"Your API key has reached its limit of {limit} bytes in flight. Wait for some of its requests to finish.",
-        code="too_many_bytes_in_flight",
-        type_="rate_limit_error",
-        headers={"Retry-After": "2"},
+        "too_many_bytes_in_flight",
+        2,
     )
 
 

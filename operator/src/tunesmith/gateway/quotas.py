@@ -36,7 +36,7 @@ class Reservation:
     Attributes:
         key: name of the API key.
         tokens: number of tokens.
-        windows: the limits they count towards, with the Unix time in seconds at which each starts anew.
+        windows: the limits they count towards, with the Unix time in seconds at which each starts again.
         headers: what is left of the limit per minute.
     """
 
@@ -75,11 +75,7 @@ class Quotas:
         accepted = await self._requests.hit(item, key.name)
         reset_time, remaining = await self._requests.get_window_stats(item, key.name)
         seconds = self._seconds_until(reset_time)
-        headers = {
-            "x-ratelimit-limit-requests": str(limit),
-            "x-ratelimit-remaining-requests": str(remaining),
-            "x-ratelimit-reset-requests": f"{seconds}s",
-        }
+        headers = _headers("requests", limit, remaining, seconds)
         if not accepted:
             raise errors.too_many_requests(limit, seconds, headers)
         return headers
@@ -90,35 +86,30 @@ class Quotas:
         Raises:
             ApiError: 429, the key's tokens of the minute or the day are used up; 400, the request alone needs more.
         """
-        items: list[RateLimitItem] = []
-        if key.tokens_per_minute is not None:
-            items.append(RateLimitItemPerMinute(self._part(key.tokens_per_minute)))
-        if key.tokens_per_day is not None:
-            items.append(RateLimitItemPerDay(self._part(key.tokens_per_day)))
-        if not items:
+        limits = {
+            "minute": (key.tokens_per_minute, RateLimitItemPerMinute),
+            "day": (key.tokens_per_day, RateLimitItemPerDay),
+        }
+        smallest = min((self._part(limit) for limit, _ in limits.values() if limit is not None), default=None)
+        if smallest is None:
             return None
-        smallest = min(item.amount for item in items)
         if tokens > smallest:
             raise errors.too_many_tokens_for_key(tokens, smallest)
         windows: list[tuple[RateLimitItem, float]] = []
-        for item in items:
+        headers: dict[str, str] = {}
+        for unit, (limit, per_unit) in limits.items():
+            if limit is None:
+                continue
+            item = per_unit(self._part(limit))
             accepted = await self._tokens.hit(item, _TOKENS, key.name, cost=tokens)
-            reset_time, _ = await self._tokens.get_window_stats(item, _TOKENS, key.name)
+            reset_time, remaining = await self._tokens.get_window_stats(item, _TOKENS, key.name)
             windows.append((item, reset_time))
+            seconds = self._seconds_until(reset_time)
             if not accepted:
                 await self.settle_tokens(Reservation(key.name, tokens, tuple(windows), {}), 0)
-                unit, limit = (
-                    ("day", key.tokens_per_day) if item.GRANULARITY.name == "day" else ("minute", key.tokens_per_minute)
-                )
-                raise errors.too_many_tokens(limit or 0, unit, self._seconds_until(reset_time))
-        headers = {}
-        if key.tokens_per_minute is not None:
-            reset_time, remaining = await self._tokens.get_window_stats(items[0], _TOKENS, key.name)
-            headers = {
-                "x-ratelimit-limit-tokens": str(key.tokens_per_minute),
-                "x-ratelimit-remaining-tokens": str(remaining),
-                "x-ratelimit-reset-tokens": f"{self._seconds_until(reset_time)}s",
-            }
+                raise errors.too_many_tokens(limit, unit, seconds)
+            if unit == "minute":
+                headers = _headers("tokens", limit, remaining, seconds)
         return Reservation(key.name, tokens, tuple(windows), headers)
 
     async def settle_tokens(self, reservation: Reservation, used: int) -> None:
@@ -159,3 +150,12 @@ class Quotas:
 
     def _part(self, limit: int) -> int:
         return math.ceil(limit / self._replicas)
+
+
+def _headers(what: str, limit: int, remaining: int, seconds: int) -> dict[str, str]:
+    """Return OpenAI's headers about a limit of requests or tokens."""
+    return {
+        f"x-ratelimit-limit-{what}": str(limit),
+        f"x-ratelimit-remaining-{what}": str(remaining),
+        f"x-ratelimit-reset-{what}": f"{seconds}s",
+    }
