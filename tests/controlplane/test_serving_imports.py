@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +10,7 @@ from tests.controlplane.kubelet import Ending, failed, result
 from tests.controlplane.manifests import adapter
 from tests.controlplane.operatorprocess import STORE, until
 from tests.controlplane.poolkubelet import FINGERPRINT
-from tests.controlplane.test_serving import World, digest_of
+from tests.controlplane.servingworld import World, digest_of, serving_world
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -43,20 +42,8 @@ def imported(pod: Object) -> Ending | None:
 
 @pytest.fixture
 async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
-    assert operator.process.poll() is None
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    made = await cluster.create(
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-", "labels": labels}}
-    )
-    found = World(cluster, made["metadata"]["name"])
-    found.trainers.script = imported
-    tasks = [asyncio.create_task(found.pods.run()), asyncio.create_task(found.trainers.run())]
-    yield found
-    for task in tasks:
-        task.cancel()
-    for ended in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(ended, asyncio.CancelledError), ended
-    await cluster.delete("Namespace", found.namespace)
+    async with serving_world(operator, cluster, imported) as made:
+        yield made
 
 
 async def jobs(world: World) -> list[Object]:
