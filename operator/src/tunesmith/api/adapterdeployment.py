@@ -239,7 +239,8 @@ class AdapterDeploymentStatus(StatusModel):
         default=None, max_length=320, description="Global ID of the model: <namespace>/<modelName>."
     )
     adapter_import: AdapterImport | None = Field(
-        default=None, description="Import of spec.adapterFrom.artifact. Absent: it has not finished, or there is none."
+        default=None,
+        description="Import of spec.adapterFrom.artifact. Absent: it has not finished, or the field is absent.",
     )
     revisions: list[Revision] = Field(default_factory=list, max_length=8, description="Revisions, newest first.")
     desired_replicas: int | None = Field(default=None, description="Desired number of pods with the adapter.")

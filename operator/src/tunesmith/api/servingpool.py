@@ -294,9 +294,10 @@ class ServingPoolSpec(ApiModel):
     base_model: PoolBaseModel = Field(description="Base model of the pool.")
     equivalent_to: Fingerprint | None = Field(
         default=None,
-        description="Fingerprint of the base model that this one stands for, such as the one that it was quantised "
-        "from: status.baseModelFingerprint of a pool with that base model. Adapters of that one may attach, and their "
-        "parity check shows how far the engine's answers are from the trained ones. Absent: none.",
+        description="Fingerprint of the base model that this base model replaces, for example the original of a "
+        "quantised model: status.baseModelFingerprint of a pool with that base model. Adapters of the original may "
+        "attach, and their parity check shows how far the engine's answers are from the trained ones. Absent: no other "
+        "adapters attach.",
     )
     base_model_cache: BaseModelCache | None = Field(
         default=None, description="Cache of downloaded base models. Absent: every pod downloads the base model."

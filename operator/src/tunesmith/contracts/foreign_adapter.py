@@ -212,7 +212,7 @@ def changes_base(config: Mapping[str, Any]) -> Initialization | None:
 
 
 def initial_folder(initialization: Initialization, folders: Collection[str]) -> str | None:
-    """Return the name of the sub-folder with the untrained adapter; None if there is none."""
+    """Return the name of the sub-folder with the untrained adapter; None if it is missing."""
     name = _INITIAL_FOLDERS.get(initialization)
     return name if name in folders else None
 

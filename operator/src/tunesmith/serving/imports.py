@@ -103,7 +103,7 @@ class ImportPlan:
     """Result of a decision.
 
     Attributes:
-        artifact: the imported artifact, or the reason why there is none.
+        artifact: the imported artifact, or the reason why it is missing.
         record: what the status records about the import.
         create: base model of the Job to create; None: no Job is created.
         delete: names of Jobs to delete.

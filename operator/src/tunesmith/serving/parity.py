@@ -29,7 +29,7 @@ _OUTCOMES = {
 
 
 def worst_parity(results: Iterable[tuple[str, AdapterParity | None]]) -> RevisionParity | None:
-    """Return the worst of the results of a revision, by pod name; None if there is none."""
+    """Return the worst of the results of a revision, by pod name; None without results."""
     known = [(pod, result) for pod, result in results if result is not None]
     if not known:
         return None

@@ -65,7 +65,7 @@ class Artifact:
 def resolve_artifact(
     adapter: AdapterDeployment, name: str, job: FineTuneJob | None, store: str
 ) -> Artifact | Unresolved:
-    """Return the artifact of a FineTuneJob, or the reason why there is none yet.
+    """Return the artifact of a FineTuneJob, or the reason why it is not published yet.
 
     Args:
         adapter: the AdapterDeployment that names it.
@@ -104,7 +104,7 @@ def resolve_artifact(
 
 
 def whole_model(job: FineTuneJob, store: str) -> BaseModelArtifact | None:
-    """Return the whole model that belongs to a job's artifact; None if there is none."""
+    """Return the whole model that belongs to a job's artifact; None if it was not published."""
     artifact = job.status.artifact
     if artifact is None or not job.spec.publishes_whole_model:
         return None

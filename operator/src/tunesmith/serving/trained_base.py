@@ -29,7 +29,7 @@ class BaseModelProblem:
 
 
 def resolve_base(pool: ServingPool, job: FineTuneJob | None, store: str) -> BaseModelArtifact | BaseModelProblem | None:
-    """Return the artifact that the pods should get, or the reason why there is none; None for a base with a uri.
+    """Return the artifact that the pods should get, or the reason why it is missing; None for a base with a uri.
 
     Args:
         pool: the ServingPool.

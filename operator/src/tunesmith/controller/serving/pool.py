@@ -189,7 +189,7 @@ class ServingPoolReconciler:
         return map(key_of, pools)
 
     def _job(self, pool: ServingPool) -> FineTuneJob | None:
-        """Return the FineTuneJob whose whole model is the pool's base; None if there is none."""
+        """Return the FineTuneJob whose whole model is the pool's base; None if it does not exist."""
         return None if pool.base_job is None else self._state.jobs.get(*pool.base_job)
 
     async def run(self) -> None:
