@@ -204,6 +204,20 @@ class Revision(StatusModel):
     parity: RevisionParity | None = Field(
         default=None, description="Result of the parity check. Absent: it is off, or no pod has finished it."
     )
+    weight: int | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Share of the requests, in percent, that the revision answers during a rollout; 100 over all "
+        "revisions. Absent: no rollout shares the requests, and the newest resident revision answers.",
+    )
+    shadow_percent: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="Share of the requests, in percent, that the revision answers as well, for comparison; clients "
+        "never get these answers. Absent: none.",
+    )
 
 
 class AdapterPhase(StrEnum):
