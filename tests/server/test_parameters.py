@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -244,3 +245,64 @@ def test_log_probabilities_of_prompts_depend_on_pool_and_engine(module: ModuleTy
     refusal = checked(module, COMPLETIONS, CPU, allowed, **parameters)
     assert refusal.code == "unsupported_by_engine"
     assert "runs on CPUs" in refusal.message
+
+
+class Decoder:
+    """A decoder of the `tokenizers` library, whose state is its JSON."""
+
+    def __init__(self, state: bytes) -> None:
+        self._state = state
+
+    def __getstate__(self) -> bytes:
+        return self._state
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize(
+    ("decoder", "constrains"),
+    [
+        (None, False),
+        ({"type": "WordPiece", "prefix": "##"}, False),
+        ({"type": "ByteLevel", "use_regex": True}, True),
+        ({"type": "Sequence", "decoders": [{"type": "Replace"}, {"type": "ByteFallback"}]}, True),
+    ],
+)
+def test_answers_are_constrained_only_with_a_tokenizer_that_maps_tokens_to_bytes(
+    decoder: dict[str, Any] | None,
+    constrains: bool,  # noqa: FBT001 - a parameter of a table
+) -> None:
+    """These are the decoders that llguidance accepts."""
+    can_constrain = importlib.import_module("tunesmith_tokenizer").can_constrain
+    state = None if decoder is None else Decoder(json.dumps(decoder).encode())
+    tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(decoder=state))
+    assert can_constrain(SimpleNamespace(get_tokenizer=lambda: tokenizer)) is constrains
+
+
+@pytest.mark.usefixtures("module")
+def test_an_unknown_kind_of_tokenizer_is_left_to_the_engine() -> None:
+    assert importlib.import_module("tunesmith_tokenizer").can_constrain(SimpleNamespace(get_tokenizer=SimpleNamespace))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "text"}}, None),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"disable_any_whitespace": True}}, None),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "auto"}, None),
+        ({}, None),
+    ],
+)
+def test_constraints_are_refused_where_the_engine_has_no_grammars(
+    module: ModuleType, parameters: dict[str, Any], name: str | None
+) -> None:
+    checks = importlib.import_module("tunesmith_checks")
+    body = {"model": "m", "messages": MESSAGES, **parameters}
+    assert module.request_refusal(CHAT, body, checks.Policy()) is None
+    found = module.request_refusal(CHAT, body, checks.Policy(can_constrain=False))
+    assert (found and (found.parameter, found.code)) == (name and (name, "unsupported_by_engine"))

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tunesmith.api.servingpool import PoolRollback
+from tunesmith.serving.resolve import Unresolved, candidates, choose_pool
 from tunesmith.serving.rollback import effective_pool, is_rolled_back, next_rollback
 from tunesmith.serving.rolling import Cause, Rollout
 
 if TYPE_CHECKING:
+    from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.api.servingpool import ServingPool
 
 Build = Callable[..., Any]
@@ -97,3 +99,24 @@ def test_an_unreadable_record_is_ignored(spec: Build, text: str) -> None:
     broken = failed.model_copy(update={"good_spec": text})
     declared = spec(broken, drainSeconds=7)
     assert effective_pool(declared, broken).spec.drain_seconds == 7
+
+
+def test_a_rolled_back_pool_accepts_the_ranks_of_the_spec_that_its_pods_have(
+    spec: Callable[..., ServingPool], adapter: Callable[..., AdapterDeployment]
+) -> None:
+    good = next_rollback(spec(engine={"maxLoraRank": 16}), SERVES)
+    bad = spec(good, engine={"maxLoraRank": 64})
+    serving = adapter(pool={"name": bad.metadata.name})
+
+    def chosen(pool: ServingPool, rank: int) -> ServingPool | Unresolved:
+        return choose_pool(serving, "sha256:f", candidates(serving, "sha256:f", [pool], ()), rank)
+
+    assert chosen(bad, 64) is bad, "not rolled back"
+    rolled_back = with_status(bad, next_rollback(bad, FAILED))
+    assert chosen(rolled_back, 16) is rolled_back
+    refused = chosen(rolled_back, 32)
+    assert isinstance(refused, Unresolved)
+    assert refused.message == (
+        "the adapter has rank 32, and ServingPool team/base, whose spec was rolled back, loads ranks up to 16: fix the "
+        "pool's spec, which allows 64"
+    )

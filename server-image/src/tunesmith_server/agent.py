@@ -17,7 +17,7 @@ from tunesmith.contracts.agent import (
     ResidencyState,
 )
 from tunesmith_server.activity import Activity
-from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_revision, stored_size, stored_sizes
+from tunesmith_server.artifact import adapter_path, remove_leftovers, remove_revision, stored_size, stored_sizes
 from tunesmith_server.crashes import Crashes, StartTime
 from tunesmith_server.engine import (
     EngineAdapters,
@@ -31,7 +31,7 @@ from tunesmith_server.engine import (
 from tunesmith_server.guard import Guard
 from tunesmith_server.lora import UnfitAdapterError
 from tunesmith_server.parity import ParityChecks
-from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Loads, PodObservation, plan
+from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Loads, PodObservation, PodPlan, plan
 from tunesmith_server.retention import Retention
 from tunesmith_server.store import StoreError
 
@@ -190,12 +190,12 @@ class Agent:
         if not self._draining:
             await self._guard.step(self._snapshot, time.monotonic())
             self._check_parity()
-        await self._publish()
+        steps = plan(self._observation())
+        await self._publish(steps)
         if self._draining:
             if self._snapshot is not None and not self._snapshot.state.draining:
                 await self._try_drain()
             return
-        steps = plan(self._observation())
         for adapter in steps.downloads:
             self._downloads[adapter.digest] = asyncio.create_task(self._download(adapter))
         for name in steps.unloads:
@@ -221,7 +221,7 @@ class Agent:
         snapshot = self._snapshot
         if snapshot is None or self._desired.current is None:
             return
-        folders = {digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._sizes}
+        folders = {digest: adapter_path(self._settings.adapters, digest) for digest in self._sizes}
         unused = self._retention.unused(
             folders=folders,
             wanted={adapter.digest for adapter in self._wanted()} | set(self._downloads),
@@ -255,7 +255,7 @@ class Agent:
             self._record_boot(snapshot)
         self._snapshot = snapshot
         self._activity.observe(snapshot.state, time.monotonic())
-        folder = {a.engine_name: str(adapter_folder(self._settings.adapters, a.digest)) for a in self._wanted()}
+        folder = {a.engine_name: adapter_path(self._settings.adapters, a.digest) for a in self._wanted()}
         now = time.monotonic()
         self._unwanted_since = {
             name: self._unwanted_since.get(name, now)
@@ -270,6 +270,11 @@ class Agent:
         failed. In a pod that is being deleted no container is restarted, but an engine that exits while it drains is.
         """
         log.info("the engine is up, boot %s", snapshot.state.boot_id)
+        if not snapshot.state.can_constrain:
+            log.warning(
+                "the tokenizer of the base model has no decoder that maps tokens to bytes: requests with "
+                "response_format, structured_outputs or a tool_choice are refused"
+            )
         if self._boot_id is not None and snapshot.state.supervisor != self._supervisor:
             self._draining = False
         self._supervisor = snapshot.state.supervisor
@@ -326,7 +331,7 @@ class Agent:
         return PodObservation(
             now=time.monotonic(),
             desired=self._wanted(),
-            folders={digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._sizes},
+            folders={digest: adapter_path(self._settings.adapters, digest) for digest in self._sizes},
             downloading=frozenset(self._downloads),
             failures=self._failures | self._refused_failures(),
             engine=None if snapshot is None or not self._guard.ready else (snapshot.resident if has_list else {}),
@@ -371,7 +376,7 @@ class Agent:
     async def _load(self, adapter: DesiredAdapter) -> None:
         name, started = adapter.engine_name, time.monotonic()
         self._parity.forget(name)
-        folder = str(adapter_folder(self._settings.adapters, adapter.digest))
+        folder = adapter_path(self._settings.adapters, adapter.digest)
         try:
             await self._engine.load(name, folder)
         except LoadRefusedError as error:
@@ -430,7 +435,8 @@ class Agent:
             reloads=engine.reloads,
         )
 
-    async def _publish(self) -> None:
+    async def _publish(self, steps: PodPlan | None = None) -> None:
+        """Publish the state; `steps`: plan for it, if it has been made."""
         current = self._desired.current
         snapshot = self._snapshot
         now = time.time()
@@ -450,7 +456,7 @@ class Agent:
             engine_crashes=self._crashes.total,
             engine_start_seconds=self._start_time.seconds,
             crashes=self._crashes.recent(now),
-            adapters=[*plan(self._observation()).report, *self._base_residencies()],
+            adapters=[*(steps or plan(self._observation())).report, *self._base_residencies()],
         )
         self._metrics.residencies(state)
         async with self._changed:

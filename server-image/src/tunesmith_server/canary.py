@@ -61,12 +61,18 @@ def request(model: str, length: int, **changes: object) -> dict[str, object]:
     }
 
 
-def warm_up(model: str, length: int) -> list[dict[str, object]]:
-    """Return requests, to be sent concurrently, that trigger the kernels and automata that an engine builds lazily."""
+def warm_up(model: str, length: int, *, can_constrain: bool) -> list[dict[str, object]]:
+    """Return requests, to be sent concurrently, that trigger the kernels and automata that an engine builds lazily.
+
+    Args:
+        model: name of the base model.
+        length: the engine's longest request, in tokens.
+        can_constrain: True if the engine can constrain answers to a grammar.
+    """
     sampled: dict[str, object] = {"temperature": 1, "top_p": 0.9, "top_k": 20, "seed": 1, "max_tokens": 4}
     return [
         *(request(model, length, **sampled) for _ in range(3)),
-        request(model, length, max_tokens=4, response_format={"type": "json_object"}),
+        *[request(model, length, max_tokens=4, response_format={"type": "json_object"})] * can_constrain,
         request(model, length, max_tokens=2, use_beam_search=True, n=2, logprobs=None),
         request(
             model,

@@ -95,7 +95,8 @@ class EngineState(BaseModel):
     """Response of the middleware's `GET /tunesmith/state`.
 
     Every process of the engine has another `boot_id`, and every start of its container another `supervisor`.
-    `started_at`: start of the process, in seconds since 1970; 0 if unknown.
+    `started_at`: start of the process, in seconds since 1970; 0 if unknown. `can_constrain`: True if the engine can
+    constrain answers to a grammar.
     """
 
     model_config = ConfigDict(alias_generator=to_camel)
@@ -106,6 +107,7 @@ class EngineState(BaseModel):
     draining: bool
     in_flight: dict[str, int]
     totals: dict[str, ModelTotals]
+    can_constrain: bool = True
     adapters: EngineAdapters = Field(default_factory=EngineAdapters)
 
 

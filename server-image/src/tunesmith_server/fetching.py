@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ _MEMORY = 160 * 2**20
 _MEMORY_PER_HEADER_BYTE = 12
 _MAIN = "tunesmith_server.main"
 """Every child imports the program's main module, so the fork server loads it once."""
+_S3_SESSION = "tunesmith_server.s3_session"
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +264,15 @@ class _SupervisedSteps(Steps):
 def _library(store: str) -> list[str]:
     """Return the modules with a store's file system: importing them in every child would cost time and memory."""
     scheme = BY_NAME.get(split(store)[0])
-    return [] if scheme is None else [scheme.module]
+    if scheme is None:
+        return []
+    return [scheme.module, _S3_SESSION] if scheme.name == "s3" else [scheme.module]
+
+
+def _s3_session() -> Any:  # noqa: ANN401 - aiobotocore has no types
+    """Return the session that the server process has loaded; None for other stores."""
+    loaded = sys.modules.get(_S3_SESSION)
+    return None if loaded is None else loaded.SESSION
 
 
 def _fetch_in_child(channel: Channel, document: str, limits: PodLimits, settings: FetchSettings) -> None:
@@ -276,7 +286,7 @@ def _fetch_in_child(channel: Channel, document: str, limits: PodLimits, settings
                 adapter,
                 limits,
                 settings.adapters,
-                lambda uri: StoreFolder(uri, credentials),
+                lambda uri: StoreFolder(uri, credentials, s3_session=_s3_session()),
                 _SupervisedSteps(channel),
             )
     except UnfitAdapterError as error:

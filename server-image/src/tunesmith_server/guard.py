@@ -301,7 +301,8 @@ class Guard:
         candidates = self.unverified
         try:
             if not self.ready:
-                await asyncio.gather(*(self._send_probe(body) for body in canary.warm_up(model, length)))
+                first = canary.warm_up(model, length, can_constrain=snapshot.state.can_constrain)
+                await asyncio.gather(*(self._send_probe(body) for body in first))
             # A harmful adapter does damage only when it computes.
             probes = [canary.request(name, length, max_tokens=4, logprobs=None) for name in sorted(candidates)]
             await asyncio.gather(*(self._send_probe(body) for body in probes))

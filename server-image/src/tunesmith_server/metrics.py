@@ -56,6 +56,84 @@ class EngineTotals(Collector):
         )
 
 
+class AdapterFigures(Collector):
+    """Figures of each revision on the pod, from the state that the agent publishes."""
+
+    def __init__(self) -> None:
+        self.state = PodState()
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the families without samples."""
+        yield from self._families()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families with a sample for each revision that has the figure."""
+        resident, loads, seconds, size, verdict, distance, gap = self._families()
+        for adapter in self.state.adapters:
+            name = adapter.engine_name
+            resident.add_metric([name], adapter.state is ResidencyState.RESIDENT)
+            if adapter.loads:
+                loads.add_metric([name], adapter.loads)
+                seconds.add_metric([name], adapter.load_seconds)
+            if adapter.size_bytes:
+                size.add_metric([name], adapter.size_bytes)
+            if adapter.parity is None:
+                continue
+            verdict.add_metric([name, adapter.parity.verdict.value], 1)
+            if adapter.parity.distance is not None:
+                distance.add_metric([name], adapter.parity.distance)
+            if adapter.parity.gap is not None:
+                gap.add_metric([name], adapter.parity.gap)
+        yield from (resident, loads, seconds, size, verdict, distance, gap)
+
+    @staticmethod
+    def _families() -> tuple[
+        GaugeMetricFamily,
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        GaugeMetricFamily,
+        GaugeMetricFamily,
+        GaugeMetricFamily,
+        GaugeMetricFamily,
+    ]:
+        return (
+            GaugeMetricFamily(
+                "tunesmith_agent_adapter_resident",
+                "1 if the revision receives requests on this pod, otherwise 0.",
+                labels=["model"],
+            ),
+            CounterMetricFamily(
+                "tunesmith_agent_adapter_loads",
+                "Loads of the revision into vLLM since the agent's start.",
+                labels=["model"],
+            ),
+            GaugeMetricFamily(
+                "tunesmith_agent_adapter_latest_load_seconds",
+                "Seconds in which vLLM loaded the revision the last time.",
+                labels=["model"],
+            ),
+            GaugeMetricFamily(
+                "tunesmith_agent_adapter_file_bytes", "Bytes of the revision's files on this pod.", labels=["model"]
+            ),
+            GaugeMetricFamily(
+                "tunesmith_agent_adapter_parity",
+                "1 for the verdict of the revision's latest parity check: Passed, Unfinished, NotRecorded, Undecided "
+                "or Failed.",
+                labels=["model", "verdict"],
+            ),
+            GaugeMetricFamily(
+                "tunesmith_agent_adapter_parity_distance_nats",
+                "Distance of the engine's answers from the trained model's: greatest difference of log-probabilities.",
+                labels=["model"],
+            ),
+            GaugeMetricFamily(
+                "tunesmith_agent_adapter_parity_gap_nats",
+                "Distance of the base model's answers from the trained model's, as recorded by the trainer.",
+                labels=["model"],
+            ),
+        )
+
+
 class Metrics:
     """Counters and gauges of one agent, in a registry of their own."""
 
@@ -113,6 +191,8 @@ class Metrics:
         self._bytes = Counter("tunesmith_agent_downloaded_bytes", "Bytes read from the store.", registry=self.registry)
         self._engine = EngineTotals()
         self.registry.register(self._engine)
+        self._figures = AdapterFigures()
+        self.registry.register(self._figures)
 
     def loaded(self, seconds: float) -> None:
         """Record a load and its duration."""
@@ -143,7 +223,8 @@ class Metrics:
         self._engine.state = state
 
     def residencies(self, state: PodState) -> None:
-        """Record the number of revisions in each state, and what they use."""
+        """Record the figures of each revision, the number of revisions in each state, and what they use."""
+        self._figures.state = state
         counts = Count(residency.state for residency in state.adapters)
         for kind in ResidencyState:
             self._adapters.labels(kind.value).set(counts[kind])

@@ -107,7 +107,7 @@ def plan(observed: PodObservation) -> PodPlan:
                 f"the pod registers at most {observed.max_adapters} adapters (engine.maxAdapters), and the operator "
                 f"wants {len(observed.desired)}: raise maxAdapters, add pods or detach adapters"
             )
-            result.report.append(_residency(adapter, ResidencyState.FAILED, message))
+            result.report.append(_residency(adapter, observed, ResidencyState.FAILED, message))
             continue
         residency, action = _next_action(adapter, observed, free)
         result.report.append(residency)
@@ -117,7 +117,6 @@ def plan(observed: PodObservation) -> PodPlan:
         elif action == "download" and adapter.digest not in fetching:
             fetching.add(adapter.digest)
             result.downloads.append(adapter)
-    result.report = [_with_figures(residency, observed) for residency in result.report]
     wanted = {residency.engine_name for residency in result.report}
     result.report += [
         Residency(
@@ -135,50 +134,56 @@ def _next_action(adapter: DesiredAdapter, observed: PodObservation, free: int) -
     failure = observed.failures.get(adapter.engine_name)
     if loaded is not None and loaded == path:
         if adapter.engine_name in observed.unverified:
-            return _residency(adapter, ResidencyState.LOADING, "it is loaded, and the canary has not passed yet"), ""
-        return _loaded(adapter, observed.parity.get(adapter.engine_name)), ""
+            message = "it is loaded, and the canary has not passed yet"
+            return _residency(adapter, observed, ResidencyState.LOADING, message), ""
+        return _loaded(adapter, observed), ""
     if failure is not None and (failure.permanent or observed.now < failure.retry_at):
-        return _residency(adapter, ResidencyState.FAILED, failure.message, permanent=failure.permanent), ""
+        return _residency(adapter, observed, ResidencyState.FAILED, failure.message, permanent=failure.permanent), ""
     if path is None:
         action = "" if adapter.digest in observed.downloading else "download"
-        return _residency(adapter, ResidencyState.DOWNLOADING), action
+        return _residency(adapter, observed, ResidencyState.DOWNLOADING), action
     if observed.engine is None:
-        return _residency(adapter, ResidencyState.LOADING, "the engine is not ready"), ""
+        return _residency(adapter, observed, ResidencyState.LOADING, "the engine is not ready"), ""
     if loaded is not None or free <= 0:
-        return _residency(adapter, ResidencyState.LOADING, "the engine has not removed an unloaded adapter yet"), ""
-    return _residency(adapter, ResidencyState.LOADING), "load"
+        message = "the engine has not removed an unloaded adapter yet"
+        return _residency(adapter, observed, ResidencyState.LOADING, message), ""
+    return _residency(adapter, observed, ResidencyState.LOADING), "load"
 
 
-def _loaded(adapter: DesiredAdapter, parity: AdapterParity | None) -> Residency:
+def _loaded(adapter: DesiredAdapter, observed: PodObservation) -> Residency:
     """Return the state of a loaded adapter, which receives requests once it is resident."""
     if adapter.parity is ParityMode.OFF:
-        return _residency(adapter, ResidencyState.RESIDENT)
+        return _residency(adapter, observed, ResidencyState.RESIDENT)
+    parity = observed.parity.get(adapter.engine_name)
+    state, message, permanent = ResidencyState.RESIDENT, "", False
     passed = parity is not None and parity.verdict is ParityVerdict.PASSED
-    if adapter.parity is ParityMode.REPORT or passed:
-        found = _residency(adapter, ResidencyState.RESIDENT)
-    elif parity is None or parity.verdict is ParityVerdict.UNFINISHED:
-        reason = f": {parity.message}" if parity is not None else ""
-        found = _residency(adapter, ResidencyState.LOADING, f"it is loaded, and parity is required{reason}")
-    else:
-        found = _residency(adapter, ResidencyState.FAILED, f"parity is required, and {parity.message}", permanent=True)
-    return found.model_copy(update={"parity": parity})
-
-
-def _with_figures(residency: Residency, observed: PodObservation) -> Residency:
-    size, loads = observed.sizes.get(residency.digest, 0), observed.loads.get(residency.engine_name)
-    if not size and loads is None:
-        return residency
-    changes = {
-        "size_bytes": size,
-        "loads": loads.count if loads else 0,
-        "load_seconds": loads.seconds if loads else 0.0,
-    }
-    return residency.model_copy(update=changes)
+    if adapter.parity is ParityMode.REQUIRED and not passed:
+        if parity is None or parity.verdict is ParityVerdict.UNFINISHED:
+            reason = f": {parity.message}" if parity is not None else ""
+            state, message = ResidencyState.LOADING, f"it is loaded, and parity is required{reason}"
+        else:
+            state, message, permanent = ResidencyState.FAILED, f"parity is required, and {parity.message}", True
+    return _residency(adapter, observed, state, message, permanent=permanent, parity=parity)
 
 
 def _residency(
-    adapter: DesiredAdapter, state: ResidencyState, message: str = "", *, permanent: bool = False
+    adapter: DesiredAdapter,
+    observed: PodObservation,
+    state: ResidencyState,
+    message: str = "",
+    *,
+    permanent: bool = False,
+    parity: AdapterParity | None = None,
 ) -> Residency:
+    loads = observed.loads.get(adapter.engine_name)
     return Residency(
-        engine_name=adapter.engine_name, digest=adapter.digest, state=state, message=message, permanent=permanent
+        engine_name=adapter.engine_name,
+        digest=adapter.digest,
+        state=state,
+        message=message,
+        permanent=permanent,
+        size_bytes=observed.sizes.get(adapter.digest, 0),
+        loads=loads.count if loads else 0,
+        load_seconds=loads.seconds if loads else 0.0,
+        parity=parity,
     )

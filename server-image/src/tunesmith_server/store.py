@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.credentials import STORE_SECRET
 from tunesmith.contracts.connections import refused_connection
@@ -75,15 +76,23 @@ class StoreFolder:
         uri: URI such as s3://bucket/folder.
         credentials: credentials of the store.
         retry: retry policy for outages.
+        s3_session: session of the S3 library; None: a new one.
 
     Raises:
         StoreError: the URI is not supported, or the credentials cannot be used.
     """
 
-    def __init__(self, uri: str, credentials: Credentials, retry: Retry = ONE_TRY) -> None:
+    def __init__(
+        self,
+        uri: str,
+        credentials: Credentials,
+        retry: Retry = ONE_TRY,
+        s3_session: Any = None,  # noqa: ANN401 - aiobotocore has no types
+    ) -> None:
         self.uri = uri.rstrip("/")
+        client = replace(_CLIENT, s3_session=s3_session)
         access = Access(
-            retry, refusal=refused_connection, client=_CLIENT, failure=lambda error: store_error(error, credentials)
+            retry, refusal=refused_connection, client=client, failure=lambda error: store_error(error, credentials)
         )
         self._folder = open_folder(self.uri, credentials, access)
 

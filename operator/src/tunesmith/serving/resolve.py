@@ -10,6 +10,7 @@ from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import FineTuneJobCondition, find, is_true
 from tunesmith.api.pool_base_model import BaseModelArtifact
 from tunesmith.contracts.location import MERGED_FOLDER, artifact_uri, beside_artifact
+from tunesmith.serving.rollback import effective_pool
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -253,7 +254,7 @@ def choose_pool(
     namespace = adapter.metadata.namespace
     matching = [pool for pool in pools.own if fingerprint is not None and pool.serves(fingerprint)]
     if matching and not any(_accepts(pool, rank) for pool in matching):
-        return _if_rank_accepted(max(matching, key=lambda pool: pool.spec.engine.max_lora_rank), rank)
+        return _if_rank_accepted(max(matching, key=_max_rank), rank)
     matching = [pool for pool in matching if _accepts(pool, rank)]
     current = adapter.status.pool
     kept = [
@@ -295,14 +296,25 @@ def choose_pool(
 
 
 def _accepts(pool: ServingPool, rank: int | None) -> bool:
-    return rank is None or rank <= pool.spec.engine.max_lora_rank
+    return rank is None or rank <= _max_rank(pool)
+
+
+def _max_rank(pool: ServingPool) -> int:
+    """Return the highest rank that the pool's pods load, also after a roll-back."""
+    return effective_pool(pool, pool.status.rollback).spec.engine.max_lora_rank
 
 
 def _if_rank_accepted(pool: ServingPool | Unresolved, rank: int | None) -> ServingPool | Unresolved:
     """Return the pool if its engine accepts adapters of that rank, otherwise the reason."""
     if isinstance(pool, Unresolved) or _accepts(pool, rank):
         return pool
-    name, max_rank = f"{pool.metadata.namespace}/{pool.metadata.name}", pool.spec.engine.max_lora_rank
+    name, max_rank = f"{pool.metadata.namespace}/{pool.metadata.name}", _max_rank(pool)
+    if rank is not None and rank <= pool.spec.engine.max_lora_rank:
+        return Unresolved(
+            Reason.RANK_TOO_HIGH,
+            f"the adapter has rank {rank}, and ServingPool {name}, whose spec was rolled back, loads ranks up to "
+            f"{max_rank}: fix the pool's spec, which allows {pool.spec.engine.max_lora_rank}",
+        )
     return Unresolved(
         Reason.RANK_TOO_HIGH,
         f"the adapter has rank {rank} and ServingPool {name} loads ranks up to {max_rank}: train with "

@@ -50,11 +50,13 @@ class Client:
         connect_seconds: longest time until a connection is made.
         read_seconds: longest time without a byte.
         read_only: True if no writes follow.
+        s3_session: session of aiobotocore for S3; None: each file system has its own.
     """
 
     connect_seconds: float = 10
     read_seconds: float = 60
     read_only: bool = False
+    s3_session: Any = None
 
 
 def _never(_: BaseException) -> bool:
@@ -187,6 +189,7 @@ def s3_options(values: Mapping[str, str], client: Client, *, ambient: bool) -> d
         "endpoint_url": endpoint,
         "client_kwargs": {"region_name": region} if region else {},
         "config_kwargs": config,
+        "session": client.s3_session,
     }
 
 

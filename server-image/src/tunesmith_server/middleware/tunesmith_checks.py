@@ -46,9 +46,12 @@ _MAX_MESSAGES = 4096
 MAX_TEXT = 512
 
 
+_OF_ENGINE = frozenset({"engine_version", "can_constrain"})
+
+
 @dataclass(frozen=True)
 class Policy:
-    """The pool's `spec.requests`, and the engine's version and device.
+    """The pool's `spec.requests`, and what the engine is and can do.
 
     Attributes:
         allow_prompt_logprobs: accept `prompt_logprobs`, and `echo` with `logprobs`.
@@ -57,6 +60,7 @@ class Policy:
         max_tokens: highest number of tokens of one choice; None: the model's length.
         max_choices: highest number of sequences of one request: choices or beams, times prompts.
         engine_version: vLLM's version, such as "0.32.0+cpu".
+        can_constrain: True if the engine can constrain answers to a grammar with the base model's tokenizer.
     """
 
     allow_prompt_logprobs: bool = False
@@ -65,6 +69,7 @@ class Policy:
     max_tokens: int | None = None
     max_choices: int = 16
     engine_version: str = ""
+    can_constrain: bool = True
 
     @classmethod
     def parse(cls, text: str, engine_version: str) -> Policy:
@@ -76,7 +81,7 @@ class Policy:
         document = json.loads(text)
         if not isinstance(document, dict):
             raise ValueError("it is not a JSON object")  # noqa: TRY004 - one kind of error for the caller
-        names = {_camel(field.name): field.name for field in fields(cls) if field.name != "engine_version"}
+        names = {_camel(field.name): field.name for field in fields(cls) if field.name not in _OF_ENGINE}
         unknown = sorted(set(document) - set(names))
         if unknown:
             raise ValueError(f"it has the unknown fields {', '.join(unknown)}")
@@ -378,7 +383,8 @@ def response_format(value: object, _policy: Policy) -> str | None:
     return schema(value)
 
 
-_CONSTRAINTS = frozenset({"json", "regex", "choice", "json_object", "structural_tag"})
+CONSTRAINTS = frozenset({"json", "regex", "choice", "json_object", "structural_tag"})
+"""Members of structured_outputs from which a grammar is compiled."""
 _SWITCHES = frozenset({"disable_any_whitespace", "disable_additional_properties", "json_object"})
 
 
@@ -391,9 +397,9 @@ def structured_outputs(value: object, _policy: Policy) -> str | None:
             "must not have a 'grammar': compiling one of 10 KiB blocks the engine for minutes; use json, regex or "
             "choice"
         )
-    unknown = sorted(set(value) - _CONSTRAINTS - _SWITCHES - {"grammar", "whitespace_pattern"})
+    unknown = sorted(set(value) - CONSTRAINTS - _SWITCHES - {"grammar", "whitespace_pattern"})
     if unknown:
-        return f"must not have {', '.join(unknown)[:100]!r}: known are {', '.join(sorted(_CONSTRAINTS))}"
+        return f"must not have {', '.join(unknown)[:100]!r}: known are {', '.join(sorted(CONSTRAINTS))}"
     if any(value.get(name) is not None and not isinstance(value[name], bool) for name in _SWITCHES):
         return f"must have true or false for {', '.join(sorted(_SWITCHES))}"
     for name in ("regex", "whitespace_pattern"):

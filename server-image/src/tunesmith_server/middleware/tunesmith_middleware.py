@@ -17,6 +17,7 @@ The environment is read when the module is imported, so that vLLM does not start
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import hmac
 import importlib.metadata
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         tunesmith_journal,
         tunesmith_parameters,
         tunesmith_reply,
+        tunesmith_tokenizer,
     )
 
     Scope = MutableMapping[str, Any]
@@ -52,6 +54,7 @@ else:
     import tunesmith_journal
     import tunesmith_parameters
     import tunesmith_reply
+    import tunesmith_tokenizer
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Largest request body, in bytes; 413 above it."""
@@ -181,10 +184,11 @@ class Middleware:
     """Middleware around vLLM's application.
 
     Its own routes, for the agent: `GET /tunesmith/state` returns `{"bootId", "supervisor", "startedAt", "draining",
-    "inFlight": {model: requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "adapters": …}`,
-    see tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after `POST /tunesmith/drain`
-    new work is refused; `POST /tunesmith/restart` with `{"reason", "hung"}` exits the process, and its supervisor
-    starts another; `POST /tunesmith/base-names` with `{"names"}` sets further names under which the base model answers.
+    "inFlight": {model: requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "canConstrain",
+    "adapters": …}`, see tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after
+    `POST /tunesmith/drain` new work is refused; `POST /tunesmith/restart` with `{"reason", "hung"}` exits the process,
+    and its supervisor starts another; `POST /tunesmith/base-names` with `{"names"}` sets further names under which the
+    base model answers.
     The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while draining is
     503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry such a request on
     another pod. An error because the engine died has the header `x-tunesmith-engine-lost: true`.
@@ -203,6 +207,7 @@ class Middleware:
         self._in_flight: dict[str, int] = {}
         self._adapters = tunesmith_adapters.EngineAdapters(ADAPTER_MEMORY, on_cpu=POLICY.on_cpu)
         self._totals: dict[str, dict[str, int]] = {}
+        self._policy = POLICY
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -291,9 +296,11 @@ class Middleware:
             engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
             if message["type"] == "lifespan.startup" and engine is not None:
                 try:
+                    can_constrain = tunesmith_tokenizer.can_constrain(engine)
+                    self._policy = dataclasses.replace(POLICY, can_constrain=can_constrain)
                     await self._adapters.start(engine)
                 except Exception as error:  # noqa: BLE001 - uvicorn would continue without the preparation
-                    _exit(_DEAD_CODE, f"the engine's adapter slots could not be prepared: {error!r}")
+                    _exit(_DEAD_CODE, f"the engine could not be prepared: {error!r}")
             return message
 
         return prepared
@@ -337,6 +344,7 @@ class Middleware:
             "draining": self._draining,
             "inFlight": self._in_flight,
             "totals": self._totals,
+            "canConstrain": self._policy.can_constrain,
             "adapters": self._adapters.state(seen),
         }
 
@@ -362,7 +370,7 @@ class Middleware:
                 param="model",
             )
             return
-        refusal = tunesmith_parameters.request_refusal(_route(scope), document, POLICY)
+        refusal = tunesmith_parameters.request_refusal(_route(scope), document, self._policy)
         if refusal is not None:
             await _refuse(send, 400, refusal.code, refusal.message, param=refusal.parameter)
             return

@@ -244,6 +244,13 @@ def _combination_refusal(body: Mapping[str, Any], policy: Policy) -> RequestRefu
     compiled = strict or body.get("tool_choice") not in (None, "none", "auto")
     if compiled and (problem := checks.schema(tools)):
         return RequestRefusal("tools", f"tools {problem} if tool_choice or strict has them compiled to a grammar.")
+    if not policy.can_constrain and (constraint := _constraint(body, compiles_tools=compiled)):
+        return RequestRefusal(
+            constraint,
+            f"This pool's engine cannot constrain answers, because the tokenizer of its base model has no decoder that "
+            f"maps tokens to bytes. Remove '{constraint}', or use a pool with another base model.",
+            "unsupported_by_engine",
+        )
     for fault in ENGINE_FAULTS:
         if fault.applies(body, policy):
             return RequestRefusal(fault.parameter(body), fault.message, "unsupported_by_engine")
@@ -255,6 +262,16 @@ def _combination_refusal(body: Mapping[str, Any], policy: Policy) -> RequestRefu
             "requests.allowPromptLogprobs.",
         )
     return None
+
+
+def _constraint(body: Mapping[str, Any], *, compiles_tools: bool) -> str | None:
+    """Return the parameter from which a grammar is compiled, or None."""
+    if (body.get("response_format") or {}).get("type", "text") != "text":
+        return "response_format"
+    constraints = body.get("structured_outputs") or {}
+    if any(constraints.get(name) not in (None, False) for name in checks.CONSTRAINTS):
+        return "structured_outputs"
+    return "tools" if compiles_tools else None
 
 
 def sequences(body: Mapping[str, Any]) -> int:

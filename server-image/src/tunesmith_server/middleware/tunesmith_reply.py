@@ -128,28 +128,35 @@ class Reply:
         return b"\n\n".join(event for event in map(self._event, events) if event is not None)
 
     def _event(self, event: bytes) -> bytes | None:
-        if not event.startswith(b"data: {") or not self._report(event):
+        if not event.startswith(b"data: {") or (found := self._report(event)) is None:
             return event
         final = _USAGE_ONLY.search(event) is not None
         if final:
             return None if self._hide_final else event
-        return _USAGE.sub(b"", event, count=1) if self._hide_others else event
+        return event[: found.start()] + event[found.end() :] if self._hide_others else event
 
-    def _report(self, text: bytes) -> bool:
-        """Count the tokens that the last usage in a text adds to those already counted."""
-        found = None
-        for found in _USAGE.finditer(text):  # noqa: B007 - the last one is used
-            pass
+    def _report(self, text: bytes) -> re.Match[bytes] | None:
+        """Count the tokens that the last usage in a text adds to those already counted; return the usage's place."""
+        found = _last_usage(text)
         if found is None:
-            return False
+            return None
         try:
             usage = json.loads(found[1])
         except ValueError:
-            return False
+            return None
         prompt, completion = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         if (choice := _CHOICE.search(text)) and self._stream:  # its event reports the tokens of this choice
             self._choices[choice[1]] = completion
             completion = sum(self._choices.values())
         self._count(self._model, 0, max(0, prompt - self._prompt), max(0, completion - self._completion))
         self._prompt, self._completion = max(prompt, self._prompt), max(completion, self._completion)
-        return True
+        return found
+
+
+def _last_usage(text: bytes) -> re.Match[bytes] | None:
+    """Return the place of the last usage in a text. Most texts are events, in which it is the last member."""
+    found = _USAGE.match(text, text.rfind(b",", 0, max(0, text.rfind(b'"usage"'))))
+    if found is None:
+        for found in _USAGE.finditer(text):  # noqa: B007 - the last one is used
+            pass
+    return found

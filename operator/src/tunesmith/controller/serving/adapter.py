@@ -253,6 +253,7 @@ def _pool_facts(pool: Object) -> tuple[object, ...]:
         spec.get("baseModel"),
         spec.get("allowedNamespaces"),
         (spec.get("engine") or {}).get("maxLoraRank"),
+        (status.get("rollback") or {}).get("rejectedSpec"),
         status.get("baseModelFingerprint"),
         spec.get("equivalentTo"),
         status.get("baseModelArtifact"),
