@@ -14,6 +14,7 @@ from tunesmith.api.finetunejob_status import ArtifactStatus
 from tunesmith.api.image_volume import IMAGE_EXAMPLE, IMAGE_PATTERN
 from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel, StringPattern
 from tunesmith.api.parity import ParityMode, RevisionParity
+from tunesmith.api.rollout import MAX_REJECTED, AdapterRollout, HandledCommand, RevisionReference, RolloutStatus
 from tunesmith.api.servingpool import MAX_LISTED_PODS, MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
 from tunesmith.api.uri import MAX_URI, secret_rule, uri_rules
 from tunesmith.storage.schemes import Use, examples, pattern
@@ -130,6 +131,12 @@ class AdapterDeploymentSpec(ApiModel):
         "Required: a pod gets no requests for the adapter until they agree. Report: the result is in the status. Off: "
         "they are not compared.",
     )
+    rollout: AdapterRollout | None = Field(
+        default=None,
+        description="Transition from the serving revision to a new one. Absent: the new revision answers all requests "
+        "once it is resident. A change of the spec, except for replicas and autoscaling, begins a running rollout "
+        "again.",
+    )
 
 
 class ImportedAdapter(StatusModel):
@@ -211,6 +218,11 @@ class Revision(StatusModel):
         description="Share of the requests, in percent, that the revision answers during a rollout; 100 over all "
         "revisions. Absent: no rollout shares the requests, and the newest resident revision answers.",
     )
+    desired_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of pods that should hold the revision during a rollout. Absent: that of the adapter.",
+    )
     shadow_percent: int | None = Field(
         default=None,
         ge=1,
@@ -257,6 +269,24 @@ class AdapterDeploymentStatus(StatusModel):
         description="Import of spec.adapterFrom.artifact. Absent: it has not finished, or the field is absent.",
     )
     revisions: list[Revision] = Field(default_factory=list, max_length=8, description="Revisions, newest first.")
+    rollout: RolloutStatus | None = Field(default=None, description="The latest rollout. Absent: none.")
+    rollout_spec: str | None = Field(
+        default=None,
+        max_length=16,
+        description="Digest of the spec without replicas and autoscaling, to which rollout and rejectedDigests belong.",
+    )
+    rollout_command: HandledCommand | None = Field(
+        default=None, description="Latest command of the annotation tunesmith.dev/rollout. Absent: none."
+    )
+    rejected_digests: list[Annotated[str, Field(max_length=71)]] = Field(
+        default_factory=list,
+        max_length=MAX_REJECTED,
+        description="Digests that were rolled back, aborted or undone, newest first. They are not tried again until "
+        "the spec changes, except for replicas and autoscaling.",
+    )
+    previous_revision: RevisionReference | None = Field(
+        default=None, description="Revision that answered before the current one, to which the command undo returns."
+    )
     desired_replicas: int | None = Field(default=None, description="Desired number of pods with the adapter.")
     desired_reason: str | None = Field(default=None, max_length=1024, description="Reason for desiredReplicas.")
     parity: str | None = Field(

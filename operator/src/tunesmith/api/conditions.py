@@ -122,7 +122,9 @@ class AdapterDeploymentCondition(ConditionType):
 
     RESOLVED = "Resolved", "True if the artifact and a pool for it were found."
     READY = "Ready", "True while requests for the model are answered."
-    PROGRESSING = "Progressing", "True while a revision is being loaded."
+    PROGRESSING = "Progressing", "True while a revision is being loaded or rolled out."
+    RECONCILING = "Reconciling", "True while Progressing is True, otherwise missing (kstatus)."
+    STALLED = "Stalled", "True while the spec cannot be served without a change, otherwise missing (kstatus)."
     PARITY = "Parity", "Unless spec.parity is Off: True if the engine answers as the trained model."
     SCALING_ACTIVE = "ScalingActive", "With autoscaling: True if every gateway reports its demand."
 
@@ -366,6 +368,18 @@ class AdapterDeploymentReason(Reason):
     POOL_FULL = _warning("PoolFull", "No pod of the pool has room for the adapter (engine.maxAdapters).")
     LOADING = _normal("Loading", "The newest revision is being loaded.")
     SETTLED = _detail("Settled", "The newest revision is resident on desiredReplicas ready pods.")
+    ROLLING_OUT = _normal("RollingOut", "A new revision is being rolled out. status.rollout shows its progress.")
+    ROLLOUT_PAUSED = _normal("RolloutPaused", "The rollout is paused: `tunesmith rollout resume` continues it.")
+    ROLLED_BACK = _warning(
+        "RolledBack",
+        "A check of the newest revision failed, and the previous one answers all requests until the spec or the "
+        "source changes. status.rollout.measures has the values.",
+    )
+    ROLLOUT_ABORTED = _warning(
+        "RolloutAborted",
+        "The newest revision was aborted or undone by a command. The previous one answers all requests until the spec "
+        "or the source changes.",
+    )
     DEMAND_KNOWN = _detail("DemandKnown", "Every gateway reports its requests.")
     GATEWAY_SILENT = _warning("GatewaySilent", "A gateway does not report its requests, so no copy is removed.")
 
@@ -396,6 +410,8 @@ class EventReason(Reason):
         "A request was being processed at two crashes of a pool's engines: the gateways refuse it for an hour. The "
         "message contains the first digits of its digest and its model.",
     )
+    ROLLOUT_STEP = _normal("RolloutStep", "A step of a rollout began, or the rollout ended. The message is its state.")
+    ROLLOUT_COMMAND = _normal("RolloutCommand", "A command for a rollout was handled. The message is its effect.")
     STATUS_REFUSED = _warning(
         "StatusRefused", "The API server rejects the status, which stays out of date until it accepts it."
     )
