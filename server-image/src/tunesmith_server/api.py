@@ -139,7 +139,7 @@ class AgentApi:
 
     async def _write_events(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
-        state, writer = self._agent.state, EventWriter()
+        state, writer = self._agent.state, EventWriter(traffic=request.query.get("traffic") == "true")
         try:
             await response.prepare(request)
             while True:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import GATEWAY_INTERNAL_PORT
+from tunesmith.contracts.traffic import MAX_COMPARISONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from tunesmith.contracts.agent import GatewayDemand
+    from tunesmith.contracts.traffic import Comparison
 
 _REPORT_SILENCE_SECONDS = 10.0
 """Seconds of silence after which a gateway is reported; a shorter silence only keeps sizes from shrinking."""
@@ -37,6 +39,8 @@ class _Gateway:
     appeared."""
     counts: Mapping[str, int] | None = None
     """Requests by global id; None before the first line."""
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    """Latest comparison of each shadow, by its name in the engine."""
     error: str = ""
     """Cause of the last failed connection; empty after a line."""
 
@@ -75,12 +79,23 @@ class DemandTracker:
         for model, count in gateway.counts.items():
             if count and not before.get(model):
                 self._on_first_requests(model)
+        gateway.comparisons |= line.comparisons
+        while len(gateway.comparisons) > MAX_COMPARISONS:
+            del gateway.comparisons[next(iter(gateway.comparisons))]
 
     def record_error(self, uid: str, error: str) -> None:
         """Record why a gateway could not be read."""
         gateway = self._gateways.get(uid)
         if gateway is not None:
             gateway.error = error
+
+    def comparisons(self, engine_name: str) -> dict[str, Comparison]:
+        """Return the comparison of a shadow at each gateway that has reported one, by the gateway's UID."""
+        return {
+            uid: gateway.comparisons[engine_name]
+            for uid, gateway in self._gateways.items()
+            if engine_name in gateway.comparisons
+        }
 
     def read(self, models: Iterable[str], now: float) -> Demand:
         """Return the requests for some models, from gateways with a line in the last `silence_seconds`."""

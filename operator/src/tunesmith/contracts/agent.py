@@ -13,6 +13,7 @@ from tunesmith.api.model import StatusModel
 from tunesmith.api.parity import ParityMode, ParityVerdict
 from tunesmith.api.servingpool import MAX_DESIRED_ADAPTERS
 from tunesmith.contracts.crash import MAX_POD_CRASHES, EngineCrash
+from tunesmith.contracts.traffic import MAX_COMPARISONS, MAX_TRAFFIC_PER_LINE, Comparison, Traffic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,7 +25,10 @@ ENGINE_PORT = 8000
 STALE_AFTER_SECONDS = 3.0
 """Seconds without a line after which the state from an event stream is unknown."""
 HEARTBEAT_SECONDS = 1.0
-
+TRAFFIC_SECONDS = 5.0
+"""Shortest time between two reports of traffic, of agents and gateways."""
+EVENTS_WITH_TRAFFIC = "/v1/events?traffic=true"
+"""Path of an agent's event stream for a reader that analyses the traffic; gateways do not."""
 
 METRICS_REFUSAL = "metrics require the token in the Secret tunesmith-metrics-token of the release's namespace\n"
 Keys = tuple[bytes, ...]
@@ -292,6 +296,11 @@ class PodState(PodHeader):
     crashes: list[EngineCrash] = Field(
         default_factory=list, max_length=MAX_POD_CRASHES, description="Crashes of the past hour, oldest first."
     )
+    traffic: dict[EngineName, Traffic] = Field(
+        default_factory=dict,
+        max_length=MAX_ADAPTERS,
+        description="Traffic of the revisions since the engine's start; those without requests are absent.",
+    )
 
 
 class PodEvent(PodHeader):
@@ -299,7 +308,8 @@ class PodEvent(PodHeader):
 
     The first line of a stream is a snapshot; each later line holds the changes. `residency_digest` covers all revisions
     as of the line, so a reader that missed a change detects it and reconnects for another snapshot. `crashes`: those
-    that no earlier line of the stream had.
+    that no earlier line of the stream had. `traffic`: that of revisions for which it changed, at most every
+    `TRAFFIC_SECONDS`, and only in streams with the parameter `traffic=true`.
     """
 
     snapshot: bool = False
@@ -307,6 +317,7 @@ class PodEvent(PodHeader):
     removed: list[EngineName] = Field(default_factory=list, max_length=MAX_ADAPTERS)
     residency_digest: str = Field(max_length=64)
     crashes: list[EngineCrash] = Field(default_factory=list, max_length=MAX_POD_CRASHES)
+    traffic: dict[EngineName, Traffic] = Field(default_factory=dict, max_length=MAX_TRAFFIC_PER_LINE)
 
 
 class AdapterDemand(_WireModel):
@@ -325,6 +336,11 @@ class GatewayDemand(_WireModel):
         default_factory=dict,
         max_length=MAX_MODELS,
         description="Demand by global ID, <namespace>/<modelName>, of adapters and base models.",
+    )
+    comparisons: dict[EngineName, Comparison] = Field(
+        default_factory=dict,
+        max_length=MAX_COMPARISONS,
+        description="Comparisons of shadows that changed since the preceding line; the first line of a stream has all.",
     )
 
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.contracts.agent import MAX_ADAPTERS, PodEvent, PodHeader, PodState, Residency
 from tunesmith.contracts.crash import MAX_POD_CRASHES
+from tunesmith.contracts.traffic import MAX_TRAFFIC_PER_LINE
 
 if TYPE_CHECKING:
     from tunesmith.contracts.crash import EngineCrash
+    from tunesmith.contracts.traffic import Traffic
 
 _HEADER = frozenset(PodHeader.model_fields)
 _RESIDENCY = tuple(Residency.model_fields)
@@ -45,9 +47,15 @@ class _Residencies:
 
 
 class EventWriter:
-    """Writer of one reader's stream."""
+    """Writer of one reader's stream.
 
-    def __init__(self) -> None:
+    Args:
+        traffic: True if the reader wants the traffic of the revisions.
+    """
+
+    def __init__(self, *, traffic: bool = False) -> None:
+        self._traffic = traffic
+        self._sent_traffic: dict[str, Traffic] = {}
         self._sent: _Residencies | None = None
         self._sent_crashes: frozenset[str] = frozenset()
 
@@ -69,9 +77,25 @@ class EventWriter:
             removed=sorted(removed),
             residency_digest=sent.digest,
             crashes=[crash for crash in state.crashes if crash.id not in self._sent_crashes],
+            traffic=self._next_traffic(state) if self._traffic else {},
         )
         self._sent_crashes = frozenset(crash.id for crash in state.crashes)
         return event.model_dump_json(by_alias=True, exclude_defaults=True).encode() + b"\n"
+
+    def _next_traffic(self, state: PodState) -> dict[str, Traffic]:
+        """Return the traffic of the next line: that of revisions for which it changed since it was sent."""
+        assert self._sent is not None  # noqa: S101 - for the type checker
+        sent = {name: traffic for name, traffic in self._sent_traffic.items() if name in state.traffic}
+        changed = {
+            name: traffic
+            for name, traffic in state.traffic.items()
+            if name in self._sent.by_name and sent.get(name) != traffic
+        }
+        # The order is that in which they were sent, so those that do not fit into this line are first in the next one.
+        waited = [*(changed.keys() - sent.keys()), *(name for name in sent if name in changed)]
+        chosen = {name: changed[name] for name in waited[:MAX_TRAFFIC_PER_LINE]}
+        self._sent_traffic = {name: traffic for name, traffic in sent.items() if name not in chosen} | chosen
+        return chosen
 
 
 class PodChange(NamedTuple):
@@ -94,6 +118,7 @@ class EventReader:
         self._known: _Residencies | None = None
         self._header = PodHeader()
         self._crashes: tuple[EngineCrash, ...] = ()
+        self._traffic: dict[str, Traffic] = {}
         self._state: PodState | None = None
 
     def read(self, line: bytes) -> PodChange:
@@ -125,7 +150,9 @@ class EventReader:
         )
         self._known, self._header = known, header
         self._crashes = (*self._crashes, *event.crashes)[-MAX_POD_CRASHES:]
-        if change.header or change.names or change.crashes:
+        traffic = {} if event.snapshot else self._traffic
+        self._traffic = {name: counts for name, counts in (traffic | event.traffic).items() if name in known.by_name}
+        if change.header or change.names or change.crashes or event.traffic:
             self._state = None
         return change
 
@@ -144,7 +171,9 @@ class EventReader:
         if self._state is None:
             header = {name: getattr(self._header, name) for name in _HEADER}
             adapters = list(self._known.by_name.values()) if self._known is not None else []
-            self._state = PodState.model_construct(**header, adapters=adapters, crashes=list(self._crashes))
+            self._state = PodState.model_construct(
+                **header, adapters=adapters, crashes=list(self._crashes), traffic=self._traffic
+            )
         return self._state
 
 

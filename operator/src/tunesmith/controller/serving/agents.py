@@ -18,6 +18,7 @@ from tunesmith.cluster.watch import backoff
 from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import (
     AGENT_PORT,
+    EVENTS_WITH_TRAFFIC,
     STALE_AFTER_SECONDS,
     DesiredAdapter,
     DesiredAdapters,
@@ -228,7 +229,7 @@ class AgentLinks:
         def failed(error: str) -> None:
             link.error = error
 
-        await follow(session, link.target.stream(AGENT_PORT, "/v1/events"), opened, failed)
+        await follow(session, link.target.stream(AGENT_PORT, EVENTS_WITH_TRAFFIC), opened, failed)
 
     async def _push(self, session: aiohttp.ClientSession, link: AgentLink) -> None:
         failures = 0
