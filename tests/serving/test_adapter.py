@@ -59,11 +59,11 @@ def status(adapter: Build, pool: Build, start: datetime) -> Callable[..., Adapte
 
 
 def shown(status: AdapterDeploymentStatus) -> dict[str, str]:
-    """The conditions without Parity, which test_parity.py checks."""
+    """The conditions without Parity and those of kstatus, which have tests of their own."""
     return {
         condition.type: f"{condition.status} {condition.reason}"
         for condition in status.conditions
-        if condition.type != "Parity"
+        if condition.type not in {"Parity", "Reconciling", "Stalled"}
     }
 
 

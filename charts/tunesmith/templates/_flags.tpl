@@ -43,6 +43,9 @@
 {{- end }}
 - {{ printf "--metrics-from=%s" (toJson .Values.networkPolicy.metricsFrom) | quote }}
 - {{ printf "--gateway-url=%s" (include "tunesmith.clientUrl" .) | quote }}
+{{- if .Values.prometheus.url }}
+- {{ printf "--prometheus-url=%s" .Values.prometheus.url | quote }}
+{{- end }}
 - --lease-seconds={{ toJson .Values.operator.leaseSeconds }}
 {{- end }}
 

@@ -464,6 +464,11 @@ class EvaluationStatus(StatusModel):
     )
 
     @property
+    def missed_gates(self) -> int | None:
+        """Number of gates that were not passed; None without gates."""
+        return None if self.gates is None else sum(1 for gate in self.gates if not gate.passed)
+
+    @property
     def unscored(self) -> str:
         """Messages of the suites without scores, as one sentence; empty if all were scored."""
         return "; ".join(failure.message for failure in self.failures or [])

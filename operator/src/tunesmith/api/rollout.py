@@ -43,8 +43,8 @@ class Measure(StrEnum):
     """Property of a new revision that decides about its rollout."""
 
     ERROR_RATE = "ErrorRate"
-    TIME_TO_FIRST_TOKEN = "TimeToFirstTokenP95Seconds"
-    TIME_PER_OUTPUT_TOKEN = "TimePerOutputTokenP95Seconds"
+    TIME_TO_FIRST_TOKEN = "TimeToFirstTokenP95Seconds"  # noqa: S105 - tokens of text
+    TIME_PER_OUTPUT_TOKEN = "TimePerOutputTokenP95Seconds"  # noqa: S105
     SERVED_PARITY = "ServedParity"
     EVALUATION_GATE = "EvaluationGate"
     QUERY = "Query"
@@ -118,8 +118,10 @@ class AdapterRollout(ApiModel):
         Rule(
             "self.strategy != 'Immediate' || !has(self.steps) && !has(self.analysis) && !has(self.minRequests)",
             "rollout.strategy Immediate has no steps, no analysis and no minRequests: remove them, or use Canary",
-            lambda self: self.strategy is not RolloutStrategy.IMMEDIATE
-            or (self.steps is None and self.analysis is None and self.min_requests is None),
+            lambda self: (
+                self.strategy is not RolloutStrategy.IMMEDIATE
+                or (self.steps is None and self.analysis is None and self.min_requests is None)
+            ),
         ),
         Rule(
             "!has(self.steps) || self.steps.map(step, step.weight).isSorted()",
@@ -265,8 +267,11 @@ class RolloutStatus(StatusModel):
     )
     digest: str = Field(max_length=71, description="Digest of the new revision.")
     stable: RevisionReference | None = Field(default=None, description="The previous revision.")
-    step: Count = Field(default=0, description="Number of the current step, from 1; steps + 1 while promoting.")
+    step: Count = Field(default=0, description="Number of the current step, from 1; 0 before the first one.")
     steps: Count = Field(default=0, description="Number of steps.")
+    step_passed: bool = Field(
+        default=False, description="True once the step has passed: pods are being prepared for the next one."
+    )
     weight: int | None = Field(
         default=None,
         ge=0,
@@ -277,7 +282,7 @@ class RolloutStatus(StatusModel):
     promoted: bool = Field(default=False, description="True after the command promote: steps and checks are skipped.")
     started_at: datetime = Field(description="Start of the rollout.")
     step_started_at: datetime | None = Field(
-        default=None, description="Start of the current step. Absent: its pods are being prepared."
+        default=None, description="Start of the current step. Absent: no step has begun."
     )
     finished_at: datetime | None = Field(default=None, description="End of the rollout.")
     message: str = Field(default="", max_length=1024, description="What the rollout waits for, or how it ended.")

@@ -11,7 +11,7 @@ from pydantic_settings import SettingsConfigDict
 
 from tunesmith.contracts.network import Manifest, NetworkPolicySettings, parse_peers
 from tunesmith.contracts.scheduling import AllowedScheduling
-from tunesmith.contracts.settings import ChartValue, Internal
+from tunesmith.contracts.settings import ChartValue, Internal, SettingPattern
 from tunesmith.jobs.settings import JobSettings
 from tunesmith.serving.settings import PoolSettings
 from tunesmith.settings import ClusterSettings
@@ -43,6 +43,13 @@ class OperatorSettings(JobSettings, PoolSettings, AllowedScheduling, ClusterSett
     """NetworkPolicy peers that may read metrics of pools and jobs, as a JSON list."""
     gateway_url: Annotated[str, ChartValue("gateway.externalUrl", 'include "tunesmith.clientUrl" .')] = ""
     """URL of the gateway for clients, which the status of AdapterDeployments shows."""
+    prometheus_url: Annotated[
+        str,
+        SettingPattern(r"(https?://[^\s?#]+)?", "a URL such as http://prometheus.monitoring:9090"),
+        ChartValue("prometheus.url"),
+    ] = ""
+    """URL of the Prometheus that evaluates the expressions of spec.rollout.analysis; empty: none is evaluated. Whoever
+    may create AdapterDeployments can read any of its metrics."""
     lease_seconds: Annotated[
         float,
         Field(gt=0, allow_inf_nan=False),

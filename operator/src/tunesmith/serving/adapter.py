@@ -1,12 +1,12 @@
 """The status of an AdapterDeployment: its revisions, their states, and the reasons why it is not ready.
 
-A new artifact becomes a revision beside the serving one. The old revision stays until the new one is resident on every
-pod that is to hold it, and keeps serving if the new one cannot be loaded.
+A new artifact becomes a revision beside the serving one. The old revision stays until the new one takes over, see
+`rollout`, and keeps serving if the new one cannot be loaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tunesmith.api.adapterdeployment import (
@@ -17,16 +17,19 @@ from tunesmith.api.adapterdeployment import (
     RevisionPod,
     RevisionState,
 )
-from tunesmith.api.conditions import AdapterDeploymentCondition, ConditionStatus
+from tunesmith.api.conditions import AdapterDeploymentCondition, ConditionStatus, Severity
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.parity import ParityVerdict
+from tunesmith.api.rollout import RolloutPhase
 from tunesmith.api.servingpool import MAX_LISTED_PODS, ServingPool
 from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
+from tunesmith.serving.analysis import Evidence, PodMeasure
 from tunesmith.serving.parity import parity_condition, shown_parity, worst_parity
 from tunesmith.serving.resolve import Artifact, Unresolved, has_base_of, reference, short
+from tunesmith.serving.rollout import RolloutObservation, in_order, next_rollout, spec_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,9 +38,14 @@ if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterImport
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import ModelNameClaim
+    from tunesmith.serving.analysis import QueryResult
     from tunesmith.serving.pod import PoolPod
+    from tunesmith.serving.rollout import RolloutPlan
 
 SELECTOR = "tunesmith.dev/none=pods-are-shared"
+NO_PROMETHEUS = (
+    "the installation names no Prometheus: ask the platform's engineers to set the chart's value prometheus.url"
+)
 _MAX_MESSAGE_LENGTH = 2000
 _IN_PROGRESS = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
 
@@ -49,7 +57,8 @@ class AdapterObservation:
     `lost_to`: older claim that holds the model name, None if this adapter holds it. `pods`: pods of the chosen pool, or
     of the one that keeps serving. `unplaced`: reason why there is no room for copies, by engine name. `decision`:
     number of desired copies. `imported`: record of the import of its source. `unknown_demand`: reason why the demand is
-    not completely known, None if it is.
+    not completely known, None if it is. `queries`: results of the PromQL expressions of `spec.rollout.analysis`.
+    `no_queries`: reason why none are evaluated; empty if they are.
     """
 
     artifact: Artifact | Unresolved
@@ -61,16 +70,20 @@ class AdapterObservation:
     url: str
     unknown_demand: str | None = None
     imported: AdapterImport | None = None
+    queries: Mapping[str, QueryResult] = field(default_factory=dict)
+    no_queries: str = NO_PROMETHEUS
 
 
 def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datetime) -> AdapterDeploymentStatus:
     """Compute the whole status."""
-    builder = _ConditionBuilder(adapter, observation, _revisions(adapter, observation))
+    rolled = _rolled(adapter, observation, now)
+    builder = _ConditionBuilder(adapter, observation, rolled)
     conditions = {
         AdapterDeploymentCondition.RESOLVED: builder.resolved(),
         AdapterDeploymentCondition.READY: builder.ready(),
         AdapterDeploymentCondition.PROGRESSING: builder.progressing(),
     }
+    conditions |= kstatus_conditions(conditions)
     newest = next(iter(builder.revisions), None)
     parity = parity_condition(adapter.spec.parity, newest)
     if parity is not None:
@@ -96,7 +109,12 @@ def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datet
         pool=_pool(adapter, observation) if observation.lost_to is None else None,
         model=adapter.model if observation.lost_to is None else None,
         adapter_import=observation.imported,
-        revisions=builder.revisions,
+        revisions=list(rolled.revisions),
+        rollout=rolled.rollout,
+        rollout_spec=spec_digest(adapter.spec),
+        rollout_command=rolled.command,
+        rejected_digests=list(rolled.rejected),
+        previous_revision=rolled.previous,
         desired_replicas=observation.decision.replicas,
         desired_reason=old.desired_reason
         if is_same_size and old.desired_reason
@@ -119,11 +137,14 @@ def _pool(adapter: AdapterDeployment, observation: AdapterObservation) -> PoolRe
 def desired_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Revision, int]]:
     """Return each revision with the number of pods that should hold it, serving revisions first.
 
-    A revision that failed permanently is tried on one pod if it has room, since a newer pod may be able to load it.
+    During a rollout the status has these numbers. A revision that failed permanently is tried on one pod if it has
+    room, since a newer pod may be able to load it.
     """
     if not revisions:
         return []
     newest, older = revisions[0], revisions[1:]
+    if newest.weight is not None:
+        return [(revision, revision.desired_replicas or desired) for revision in (*older, newest)]
     if newest.state is RevisionState.FAILED:
         return [*((revision, desired) for revision in older), (newest, 1)]
     return [*((revision, max(1, min(desired, revision.ready_replicas))) for revision in older), (newest, desired)]
@@ -150,49 +171,63 @@ def is_base(adapter: AdapterDeployment, artifact: Artifact | Unresolved, pool: S
     return is_whole(adapter)
 
 
-def _revisions(adapter: AdapterDeployment, observation: AdapterObservation) -> list[Revision]:
+def _rolled(adapter: AdapterDeployment, observation: AdapterObservation, now: datetime) -> RolloutPlan:
+    """Return the revisions, and the state of their rollout."""
+    observed, source = _observed_revisions(adapter, observation)
+    found = RolloutObservation(
+        revisions=observed,
+        from_source=source is not None and bool(observed) and observed[0].digest == source,
+        copies=observation.decision.replicas,
+        answering=sum(1 for pod in observation.pods if pod.answering),
+        evidence=_evidence(observed[0], observation) if observed else Evidence(),
+    )
+    return next_rollout(adapter, found, now)
+
+
+def _observed_revisions(
+    adapter: AdapterDeployment, observation: AdapterObservation
+) -> tuple[list[Revision], str | None]:
+    """Return the revisions, the one that should serve first, and the digest of the source; None if it is not known."""
     if observation.lost_to is not None:
-        return []
+        return [], None
     prefix = f"{adapter.model}@"
     known = [revision for revision in adapter.status.revisions if revision.engine_name.startswith(prefix)]
+    source = None
     if isinstance(observation.artifact, Artifact) and isinstance(observation.pool, ServingPool):
         namespace, _, model_name = adapter.model.partition("/")
         artifact = observation.artifact
         whole = artifact.whole if is_base(adapter, artifact, observation.pool) else None
-        newest = Revision(
+        source = Revision(
             digest=artifact.digest,
             uri=artifact.uri if whole is None else whole.uri,
             base_model=True if whole is not None else None,
             engine_name=engine_name(namespace, model_name, artifact.digest),
             state=RevisionState.PENDING,
         )
-        previous = next((revision for revision in known if revision.engine_name == newest.engine_name), None)
+        previous = next((revision for revision in known if revision.engine_name == source.engine_name), None)
         if previous is not None and previous.state is RevisionState.FAILED and _is_unchanged(adapter, observation.pool):
-            newest = previous.model_copy(update={"uri": newest.uri})
-        known = [newest, *(revision for revision in known if revision.engine_name != newest.engine_name)]
-    observed = [_observed(revision, observation) for revision in known]
-    if not observed:
-        return []
-    newest, older = observed[0], observed[1:]
-    if _is_settled(newest, observation):
-        return [newest]
-    # Of the older revisions keep only serving ones; those that were resident a moment ago may serve again.
-    serving = [revision for revision in older if revision.ready_replicas > 0] or [
-        revision for revision in older if revision.state is RevisionState.RESIDENT
-    ]
-    return [newest, *(serving or older)[:1]]
+            source = previous.model_copy(update={"uri": source.uri})
+    ordered = in_order(adapter, source, known)
+    return [_observed(revision, observation) for revision in ordered], source.digest if source is not None else None
+
+
+def _evidence(revision: Revision, observation: AdapterObservation) -> Evidence:
+    """Return the facts about a revision that decide about its rollout."""
+    pods = []
+    for pod in observation.pods:
+        if pod.stopping:
+            continue
+        traffic = pod.traffic(revision.engine_name)
+        if revision.engine_name in pod.resident or (traffic is not None and traffic.start):
+            pods.append(PodMeasure(pod.uid, pod.name, traffic))
+    missed = observation.artifact.missed_gates if isinstance(observation.artifact, Artifact) else None
+    return Evidence(pods, revision.parity, missed, observation.queries, observation.no_queries)
 
 
 def _is_unchanged(adapter: AdapterDeployment, pool: ServingPool) -> bool:
     """Return True if neither the spec nor the pool has changed since the status was written."""
     status = adapter.status
     return status.observed_generation == adapter.metadata.generation and status.pool == reference(pool)
-
-
-def _is_settled(revision: Revision, observation: AdapterObservation) -> bool:
-    """Return True if as many ready pods as desired hold the revision, or all pods that answer."""
-    answering = sum(1 for pod in observation.pods if pod.answering)
-    return revision.ready_replicas >= max(1, min(observation.decision.replicas, answering))
 
 
 def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
@@ -237,16 +272,40 @@ def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
 
 
 _ConditionState = tuple[ConditionStatus, Reason, str]
+_STALLED = frozenset(
+    reason
+    for reason in Reason
+    if reason.severity is Severity.WARNING and reason not in (Reason.AGENT_SILENT, Reason.GATEWAY_SILENT)
+)
+"""Reasons that last until somebody changes something."""
+
+
+def kstatus_conditions(
+    conditions: Mapping[AdapterDeploymentCondition, _ConditionState],
+) -> dict[AdapterDeploymentCondition, _ConditionState]:
+    """Return the conditions by which kstatus, and so Flux and Argo CD, recognises progress and failure.
+
+    They exist only while they are True (https://github.com/kubernetes-sigs/cli-utils, pkg/kstatus).
+    """
+    status, reason, message = conditions[AdapterDeploymentCondition.PROGRESSING]
+    if status is ConditionStatus.TRUE:
+        return {AdapterDeploymentCondition.RECONCILING: (status, reason, message)}
+    for type_ in (AdapterDeploymentCondition.RESOLVED, AdapterDeploymentCondition.PROGRESSING):
+        status, reason, message = conditions[type_]
+        if status is ConditionStatus.FALSE and reason in _STALLED:
+            return {AdapterDeploymentCondition.STALLED: (ConditionStatus.TRUE, reason, message)}
+    return {}
 
 
 class _ConditionBuilder:
     """Builder of the conditions that follow from one observation."""
 
-    def __init__(self, adapter: AdapterDeployment, observation: AdapterObservation, revisions: list[Revision]) -> None:
+    def __init__(self, adapter: AdapterDeployment, observation: AdapterObservation, rolled: RolloutPlan) -> None:
         self.adapter = adapter
         self.observation = observation
-        self.revisions = revisions
-        self.serving = next((revision for revision in revisions if revision.ready_replicas > 0), None)
+        self.revisions = rolled.revisions
+        self.rolled = rolled
+        self.serving = next((revision for revision in self.revisions if revision.ready_replicas > 0), None)
 
     def resolved(self) -> _ConditionState:
         taken = self.observation.lost_to
@@ -278,6 +337,8 @@ class _ConditionBuilder:
     def ready(self) -> _ConditionState:
         if self.serving is not None:
             newest = self.revisions[0]
+            if newest.weight is not None:
+                return ConditionStatus.TRUE, Reason.ROLLING_OUT, self._shares()
             if newest is not self.serving and newest.state is RevisionState.FAILED:
                 message = (
                     f"revision {short(self.serving.digest)} keeps serving, because "
@@ -309,12 +370,42 @@ class _ConditionBuilder:
         return ConditionStatus.FALSE, reason, message
 
     def progressing(self) -> _ConditionState:
-        newest = next(iter(self.revisions), None)
+        newest, rollout = next(iter(self.revisions), None), self.rolled.rollout
+        if newest is not None and newest.weight is not None and rollout is not None:
+            reason = Reason.ROLLOUT_PAUSED if rollout.paused else Reason.ROLLING_OUT
+            return ConditionStatus.TRUE, reason, rollout.message or self._shares()
         if newest is not None and newest.ready_replicas >= self.observation.decision.replicas:
+            given_up = self._given_up()
+            if given_up is not None:
+                return given_up
             message = f"revision {short(newest.digest)} is resident on {newest.ready_replicas} ready pods, as desired"
             return ConditionStatus.FALSE, Reason.SETTLED, message.replace(" 1 ready pods", " 1 ready pod")
         moving, reason, message = self._why_not_settled()
         return ConditionStatus.TRUE if moving else ConditionStatus.FALSE, reason, message
+
+    def _shares(self) -> str:
+        """Return the shares of the requests that the revisions answer during a rollout."""
+        shares = [f"revision {short(item.digest)} answers {item.weight} %" for item in self.revisions if item.weight]
+        shadows = [
+            f"revision {short(item.digest)} also gets {item.shadow_percent} % for comparison"
+            for item in self.revisions
+            if item.shadow_percent
+        ]
+        return ", ".join([*shares, *shadows]) + " of the requests"
+
+    def _given_up(self) -> _ConditionState | None:
+        """Return the outcome if the source's revision was rolled back, aborted or undone; None otherwise."""
+        artifact, rollout = self.observation.artifact, self.rolled.rollout
+        if not isinstance(artifact, Artifact) or artifact.digest not in self.rolled.rejected:
+            return None
+        is_latest = rollout is not None and rollout.digest == artifact.digest
+        message = (
+            rollout.message
+            if rollout is not None and is_latest
+            else f"revision {short(artifact.digest)} was given up earlier: change the spec to try it again"
+        )
+        by_check = rollout is not None and is_latest and rollout.phase is RolloutPhase.ROLLED_BACK
+        return ConditionStatus.FALSE, Reason.ROLLED_BACK if by_check else Reason.ROLLOUT_ABORTED, message
 
     def scaling(self) -> _ConditionState:
         if self.observation.unknown_demand is not None:

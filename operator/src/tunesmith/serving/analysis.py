@@ -54,7 +54,7 @@ class PodMeasure:
     Attributes:
         uid: UID of the pod.
         name: its name.
-        traffic: counters of the revision; None if they are not known now.
+        traffic: counters of the revision, without a `start` if it has none; None if they are not known now.
     """
 
     uid: str
@@ -92,7 +92,8 @@ class StepTraffic:
         """Return the traffic with what the pods have counted since.
 
         The first report of a pod is where its count begins: what it counted earlier may belong to an earlier rollout.
-        If its engine restarted, what it has counted since the restart is added.
+        If its engine restarted, what it has counted since the restart is added. A pod reports no counters after a
+        restart, and until it has sent them.
 
         Args:
             reports: current reports of the pods.
@@ -101,9 +102,11 @@ class StepTraffic:
         known = {pod.uid: pod for pod in self.pods}
         total, pods = self.total, dict(known)
         for report in reports:
-            if report.traffic is None or (report.uid not in known and len(pods) >= MAX_MEASURED_PODS):
-                continue
             last = known.get(report.uid)
+            if report.traffic is None or (last is not None and not report.traffic.start):
+                continue
+            if last is None and len(pods) >= MAX_MEASURED_PODS:
+                continue
             if last is not None:
                 between = shadow_between if shadow else served_between
                 period = between(_as_traffic(last, shadow=shadow), report.traffic)

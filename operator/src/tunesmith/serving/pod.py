@@ -14,6 +14,7 @@ from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import AGENT_PORT, ResidencyState
 from tunesmith.contracts.report import parse_report
 from tunesmith.contracts.sentence import one_line
+from tunesmith.contracts.traffic import Traffic
 from tunesmith.contracts.waiting import CONFIGURATION_REASONS, IMAGE_PULL_REASONS
 from tunesmith.serving.crashes import crash_problem
 
@@ -133,6 +134,15 @@ class PoolPod:
     def adapters(self) -> Mapping[str, Residency]:
         """The agent's latest reports, by engine name."""
         return {entry.engine_name: entry for entry in self.state.adapters} if self.state is not None else {}
+
+    def traffic(self, engine_name: str) -> Traffic | None:
+        """Return the counters of a revision; None if the pod does not report now.
+
+        Counters without a `start` if the pod reports none, as before the first request.
+        """
+        if self.state is None or not self.is_reporting:
+            return None
+        return self.state.traffic.get(engine_name) or Traffic(start="")
 
     @property
     def active(self) -> Sequence[str]:

@@ -51,7 +51,8 @@ class Artifact:
 
     `fingerprint`: fingerprint of the base that it was trained on, None if its job does not record it. `rank`: rank that
     the engine must accept at least, None if its method does not define one. `whole`: its whole model, None if it has
-    none. `refusal`: reason why the engine cannot load it as an adapter, None if it can.
+    none. `refusal`: reason why the engine cannot load it as an adapter, None if it can. `missed_gates`: number of
+    evaluation gates that it missed, None if there were none.
     """
 
     digest: str
@@ -61,6 +62,7 @@ class Artifact:
     rank: int | None = None
     whole: BaseModelArtifact | None = None
     refusal: str | None = None
+    missed_gates: int | None = None
 
 
 def resolve_artifact(
@@ -101,6 +103,7 @@ def resolve_artifact(
         rank=_rank(job),
         whole=whole,
         refusal=refusal,
+        missed_gates=status.evaluation.missed_gates if status.evaluation is not None else None,
     )
 
 

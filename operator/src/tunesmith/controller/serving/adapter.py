@@ -5,6 +5,7 @@ The adapters that pods hold follow from the status.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -19,18 +20,21 @@ from tunesmith.contracts.ownership import controller_of
 from tunesmith.controller.executor import Executor, name_taken
 from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, owner_keys
+from tunesmith.controller.serving.queries import PrometheusQueries
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.jobs.observe import view
-from tunesmith.serving.adapter import AdapterObservation, is_base, plan
+from tunesmith.serving.adapter import NO_PROMETHEUS, AdapterObservation, is_base, plan
 from tunesmith.serving.imports import ADAPTER_LABEL, import_job, is_import_of, plan_import
 from tunesmith.serving.resolve import Artifact, choose, resolve_artifact
+from tunesmith.serving.rollout_status import expressions, rollout_events, without_measures
 from tunesmith.serving.scale_events import scale_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterDeploymentStatus
     from tunesmith.cluster.resources import Object
+    from tunesmith.contracts.transitions import NewEvent
     from tunesmith.controller.serving.state import ServingState
     from tunesmith.serving.imports import ImportPlan
     from tunesmith.serving.pod import PoolPod
@@ -41,6 +45,8 @@ _TICK_SECONDS = 1.0
 _IDLE_TICK_SECONDS = 9.0
 _NAME_TAKEN_SECONDS = 60.0
 _UNSETTLED_SECONDS = 0.3
+_MEASURES_SECONDS = 10.0
+"""Shortest time between two writes of the figures of a rollout."""
 
 
 class AdapterDeploymentReconciler:
@@ -56,6 +62,8 @@ class AdapterDeploymentReconciler:
         self._uids: dict[Key, str] = {}
         self._pools: dict[Key, tuple[object, ...]] = {}
         self._claims: dict[str, tuple[str, bool]] = {}
+        self._queries = PrometheusQueries(self._context.settings.prometheus_url, self._context.now)
+        self._written: dict[str, float] = {}
 
     @property
     def watches(self) -> Sequence[Watch]:
@@ -77,6 +85,8 @@ class AdapterDeploymentReconciler:
             if uid is not None:
                 self._executor.forget(uid)
                 self._state.forget_adapter(uid)
+                self._queries.want(uid, {})
+                self._written.pop(uid, None)
             return Result()
         adapter = self._state.adapters.get(key.namespace, key.name)
         if adapter is None:
@@ -102,12 +112,17 @@ class AdapterDeploymentReconciler:
             unknown_demand=self._state.demand.unknown_reason(time.monotonic()),
             url=_client_url(self._context.settings.gateway_url),
             imported=imported.record if imported is not None else None,
+            queries=self._queries.results(adapter.metadata.uid),
+            no_queries="" if self._queries.is_enabled else NO_PROMETHEUS,
         )
         status = plan(adapter, observation, self._context.now())
+        self._queries.want(adapter.metadata.uid, expressions(adapter, status))
         old = adapter.status.pool
-        written = await self._state.statuses.write(
-            manifest, status, events=partial(scale_events, "copies", adapter.status.desired_replicas)
+        written = not self._differs_in_measures_only(adapter, status) and await self._state.statuses.write(
+            manifest, status, events=partial(_events, adapter.status)
         )
+        if written:
+            self._written[adapter.metadata.uid] = time.monotonic()
         if written and old is not None and old != status.pool:
             # The old pool is no longer indexed for this adapter, and has to remove it from its pods.
             self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))
@@ -115,6 +130,8 @@ class AdapterDeploymentReconciler:
             # A change of the owner's claim makes the key due; this covers missed changes.
             return Result(_NAME_TAKEN_SECONDS)
         later = imported.requeue_after.total_seconds() if imported is not None and imported.requeue_after else None
+        if status.rollout is not None and status.rollout.is_running:
+            return Result(_TICK_SECONDS)
         if adapter.spec.autoscaling is None:
             return Result(later)
         idle = observation.decision.replicas == adapter.spec.autoscaling.min_replicas == adapter.status.desired_replicas
@@ -170,8 +187,16 @@ class AdapterDeploymentReconciler:
         return decision if refusal is None else decide(refusal)
 
     async def run(self) -> None:
-        """Read the gateways' demand."""
-        await self._state.gateways.run()
+        """Read the gateways' demand, and evaluate the expressions of rollouts."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._state.gateways.run())
+            group.create_task(self._queries.run())
+
+    def _differs_in_measures_only(self, adapter: AdapterDeployment, status: AdapterDeploymentStatus) -> bool:
+        """Return True if only figures of a rollout changed, and a status was written a moment ago."""
+        if time.monotonic() - self._written.get(adapter.metadata.uid, float("-inf")) >= _MEASURES_SECONDS:
+            return False
+        return status != adapter.status and without_measures(status) == without_measures(adapter.status)
 
     def _copies(self, adapter: AdapterDeployment) -> Decision:
         rule = adapter.spec.autoscaling
@@ -242,6 +267,10 @@ class AdapterDeploymentReconciler:
             self._claims[uid] = view
         models = {model} if old is None else {model, old[0]}
         return {found for name in models for item in self._adapters.find(MODEL, name) if (found := key_of(item)) != key}
+
+
+def _events(before: AdapterDeploymentStatus, after: AdapterDeploymentStatus) -> list[NewEvent]:
+    return [*scale_events("copies", before.desired_replicas, after), *rollout_events(before, after)]
 
 
 def _pool_facts(pool: Object) -> tuple[object, ...]:
