@@ -34,6 +34,7 @@ from tunesmith.contracts.agent import (
 )
 from tunesmith.contracts.network import component_labels
 from tunesmith.contracts.podevents import EventWriter
+from tunesmith.contracts.traffic import Traffic, TrafficCounts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -124,7 +125,7 @@ class FakeAgent(Lines):
         self.application.add_routes([web.put("/v1/adapters", self._put)])
 
     def _events(self) -> Callable[[], bytes]:
-        writer = EventWriter()
+        writer = EventWriter(traffic=True)
         return lambda: writer.line(self.state)
 
     @property
@@ -134,6 +135,11 @@ class FakeAgent(Lines):
     async def set(self, **changes: Any) -> None:
         self.state = self.state.model_copy(update=changes)
         await self.change()
+
+    async def serve(self, engine_name: str, requests: int, errors: int = 0) -> None:
+        """Count requests that the engine has answered, or failed to, since its start."""
+        counts = TrafficCounts(requests=requests, errors=errors)
+        await self.set(traffic={**self.state.traffic, engine_name: Traffic(start="a0", served=counts)})
 
     async def _put(self, request: web.Request) -> web.Response:
         wanted = DesiredAdapters.model_validate_json(await request.read())

@@ -134,9 +134,47 @@ def _adapter(adapter: AdapterDeployment) -> list[tuple[str, str]]:
         )
         for revision in status.revisions
     ]
+    if status.rollout is not None and status.rollout.is_running:
+        found.append(("rollout", status.rollout.message))
     if status.url:
         found.append(("url", status.url))
     return found
+
+
+def rollout_lines(adapter: AdapterDeployment) -> list[tuple[str, str]]:
+    """Return pairs of a heading and a text about the latest rollout; empty without one."""
+    rollout, status = adapter.status.rollout, adapter.status
+    if rollout is None:
+        return []
+    found = [
+        ("state", f"{rollout.phase.value}{', paused' if rollout.paused else ''}"),
+        ("new", _short(rollout.digest)),
+        *([("old", _short(rollout.stable.digest))] if rollout.stable is not None else []),
+        *([("step", f"{rollout.step} of {rollout.steps}")] if rollout.steps else []),
+    ]
+    found += [
+        ("requests", f"{revision.weight} % to {_short(revision.digest)}, {_pods(revision.ready_replicas)}")
+        for revision in status.revisions
+        if revision.weight is not None and not revision.shadow_percent
+    ]
+    found += [
+        ("mirrored", f"{revision.shadow_percent} % to {_short(revision.digest)}, {_pods(revision.ready_replicas)}")
+        for revision in status.revisions
+        if revision.shadow_percent
+    ]
+    for measure in rollout.measures:
+        value = "?" if measure.value is None else f"{measure.value:g}"
+        limit = "" if measure.max is None else f" (max {measure.max:g})"
+        verdict = {True: "passes", False: "fails", None: measure.message or "unknown"}[measure.passed]
+        found.append(("measure", f"{measure.query or measure.measure.value}: {value}{limit}, {verdict}"))
+    if rollout.message:
+        found.append(("message", rollout.message))
+    found += [("rejected", _short(digest)) for digest in status.rejected_digests]
+    return found
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
 
 
 def _of_pool(pool: ServingPool) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tunesmith.cli import artifact, data, importing, keys
+from tunesmith.cli import artifact, data, importing, keys, rollout
 from tunesmith.cli.cancel import cancel
 from tunesmith.cli.chat import chat
 from tunesmith.cli.compare import compare
@@ -59,6 +59,7 @@ app.command()(gc)
 app.add_typer(data.app, name="data")
 app.add_typer(artifact.app, name="artifact")
 app.add_typer(keys.app, name="keys")
+app.add_typer(rollout.app, name="rollout")
 app.add_typer(importing.app, name="import")
 
 

@@ -37,6 +37,7 @@ _FINAL = {
     AdapterDeploymentReason.RANK_TOO_HIGH,
 }
 """Reasons of `Resolved` that persist until somebody changes the adapter or its pool."""
+_GIVEN_UP = {AdapterDeploymentReason.ROLLED_BACK, AdapterDeploymentReason.ROLLOUT_ABORTED}
 
 
 def wait(
@@ -98,10 +99,15 @@ async def _until_serving(cluster: Cluster, kind: Kind, namespace: str, name: str
                 print_line(f"{name} serves: {summary(resource, datetime.now(UTC))}")
                 note(f"Next: {next_step(resource)}")
             return
-        line = waiting(resource) or "the new version is being loaded"
+        line = waiting(resource) or _progress(resource)
         if line != shown and output_format is Format.TEXT:
             print_line(f"{name}  {line}")
         shown = line
+
+
+def _progress(resource: AdapterDeployment | ServingPool) -> str:
+    rollout = resource.status.rollout if isinstance(resource, AdapterDeployment) else None
+    return rollout.message if rollout is not None and rollout.is_running else "the new version is being loaded"
 
 
 def serves(resource: AdapterDeployment | ServingPool) -> bool:
@@ -112,7 +118,8 @@ def serves(resource: AdapterDeployment | ServingPool) -> bool:
     if isinstance(resource, AdapterDeployment):
         newest = next(iter(resource.status.revisions), None)
         resolved = is_true(status.conditions, AdapterDeploymentCondition.RESOLVED)
-        return resolved and newest is not None and newest.ready_replicas > 0
+        # During a rollout the old version may still answer everything.
+        return resolved and newest is not None and newest.ready_replicas > 0 and newest.weight is None
     return is_true(status.conditions, ServingPoolCondition.AVAILABLE)
 
 
@@ -124,6 +131,9 @@ def final_failure(resource: AdapterDeployment | ServingPool) -> str | None:
     resolved = find(status.conditions, AdapterDeploymentCondition.RESOLVED)
     if resolved is not None and resolved.status == "False" and resolved.reason in _FINAL:
         return resolved.message
+    progressing = find(status.conditions, AdapterDeploymentCondition.PROGRESSING)
+    if progressing is not None and progressing.reason in _GIVEN_UP:
+        return progressing.message
     newest = next(iter(resource.status.revisions), None)
     if newest is not None and newest.state is RevisionState.FAILED:
         return f"the newest version cannot be loaded: {newest.message or 'no reason reported'}"

@@ -90,7 +90,7 @@ class Comparison(_WireModel):
         answers: requests that both revisions answered completely. All following figures are sums over these.
         served_tokens: tokens of the answers that clients got.
         shadow_tokens: tokens of the shadow's answers.
-        served_refusals: answers that clients got and that count as refusals, see docs/how-to/shadow.md.
+        served_refusals: answers that clients got and that count as refusals, see docs/how-to/split-traffic.md.
         shadow_refusals: answers of the shadow that count as refusals.
         logprob_answers: those requests for which both answers contain log-probabilities.
         served_logprob: sum over these of the mean log-probability of the client's answer's tokens, in nats.
@@ -201,12 +201,12 @@ def served_between(before: Traffic | None, after: Traffic) -> TrafficPeriod:
         before: the earlier snapshot; None: since the start of the engine.
         after: the later snapshot. If its counters restarted, the result is the traffic since then.
     """
-    return _between(before and before.served, after.served, restarted=_restarted(before, after))
+    return _between(None if before is None else before.served, after.served, restarted=_restarted(before, after))
 
 
 def shadow_between(before: Traffic | None, after: Traffic) -> TrafficPeriod:
     """Return the mirrored traffic between two snapshots of one pod; see `served_between`."""
-    return _between(before and before.shadow, after.shadow, restarted=_restarted(before, after))
+    return _between(None if before is None else before.shadow, after.shadow, restarted=_restarted(before, after))
 
 
 def _restarted(before: Traffic | None, after: Traffic) -> bool:
