@@ -44,6 +44,7 @@ WALK = {
     "docs/install.md": PLATFORM,
     "docs/first-15-minutes.md": USER,
     "docs/how-to/new-version.md": USER,
+    "docs/how-to/canary.md": USER,
     "docs/how-to/compare.md": USER,
     "docs/how-to/cost.md": USER,
     "docs/how-to/export.md": USER,
@@ -165,7 +166,7 @@ class OperatorPlayer:
 
     async def _observe(self, cluster: Cluster, kind: str, status: Callable[[Object], Object]) -> None:
         for item in await cluster.list(kind, TEAM):
-            if (item.get("status") or {}).get("observedGeneration") != item["metadata"]["generation"]:
+            if not _is_observed(item):
                 await cluster.replace_status({**item, "status": status(item)})
 
     def _job(self, job: Object) -> Object:
@@ -208,7 +209,19 @@ class OperatorPlayer:
             "revisions": [revision],
             "readyReplicas": 1,
             "desiredReplicas": 1,
+            **({"rolloutCommand": {"value": _command_of(adapter), "message": "ok"}} if _command_of(adapter) else {}),
         }
+
+
+def _command_of(item: Object) -> str | None:
+    found: str | None = item["metadata"].get("annotations", {}).get("tunesmith.dev/rollout")
+    return found
+
+
+def _is_observed(item: Object) -> bool:
+    status = item.get("status") or {}
+    handled = status.get("rolloutCommand", {}).get("value")
+    return status.get("observedGeneration") == item["metadata"]["generation"] and handled == _command_of(item)
 
 
 def _condition(type_: str, reason: str) -> Object:
