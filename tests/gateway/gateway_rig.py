@@ -170,8 +170,7 @@ class FakePod:
 
     async def start_engine(self) -> None:
         engine = web.Application(client_max_size=self.max_body_bytes)
-        engine.router.add_post("/v1/chat/completions", self._generate)
-        engine.router.add_post("/v1/completions", self._generate)
+        engine.router.add_post("/{path:.+}", self._generate)
         await self._serve("engine", engine, self._ports[0])
 
     async def start_agent(self) -> None:

@@ -6,17 +6,18 @@ from typing import Any
 import pytest
 
 from tunesmith.gateway import body as bodies
+from tunesmith.gateway.apis import COMPLETIONS
 from tunesmith.gateway.body import MAX_CONTAINERS, MAX_DEPTH, MAX_STRINGS, MAX_VALUES, parse, socket_pieces
 from tunesmith.gateway.errors import ApiError
 
 
 def forwarded(data: bytes, model: str = "team/pirate@1", salt: str = "salt") -> bytes:
-    return b"".join(bytes(piece) for piece in socket_pieces(parse(data, 128).pieces(model, salt)))
+    return b"".join(bytes(piece) for piece in socket_pieces(parse(data, 128, COMPLETIONS).pieces(model, salt)))
 
 
 def refused(data: bytes) -> tuple[str | None, str]:
     with pytest.raises(ApiError) as caught:
-        parse(data, 128)
+        parse(data, 128, COMPLETIONS)
     assert caught.value.status == 400
     return caught.value.code, caught.value.message
 
@@ -37,14 +38,14 @@ def test_model_and_salt_are_replaced_and_other_members_keep_their_bytes() -> Non
     ],
 )
 def test_a_duplicate_member_is_sent_once_as_the_gateway_read_it(data: bytes) -> None:
-    assert parse(data, 128).model == "two"
+    assert parse(data, 128, COMPLETIONS).model == "two"
     assert forwarded(data) == b'{"model":"team/pirate@1","cache_salt":"salt"}'
 
 
 def test_a_large_body_is_sent_in_pieces_without_a_copy_of_it() -> None:
     text = b'"' + b"x" * 1_000_000 + b'"'
     data = bytearray(b'{"model":"pirate","messages":' + text + b',"n":1}')
-    pieces = list(socket_pieces(parse(data, 128).pieces("m", "s")))
+    pieces = list(socket_pieces(parse(data, 128, COMPLETIONS).pieces("m", "s")))
     assert b"".join(bytes(piece) for piece in pieces) == (
         b'{"model":"m","cache_salt":"s","messages":' + text + b',"n":1}'
     )
@@ -80,7 +81,7 @@ def test_a_body_that_is_not_a_json_object_is_refused(data: bytes) -> None:
 
 def test_depth_is_bounded() -> None:
     deepest = b"[" * (MAX_DEPTH - 1) + b"]" * (MAX_DEPTH - 1)
-    assert parse(b'{"model":"a","x":' + deepest + b"}", 128).model == "a"
+    assert parse(b'{"model":"a","x":' + deepest + b"}", 128, COMPLETIONS).model == "a"
     for depth in (MAX_DEPTH, 300, 200_000):
         code, message = refused(b'{"model":"a","x":' + b"[" * depth + b"]" * depth + b"}")
         assert code == "body_too_complex"
@@ -89,7 +90,7 @@ def test_depth_is_bounded() -> None:
 
 @pytest.mark.parametrize("unit", [b"[],", b"{},", b'{"a":1},'])
 def test_arrays_and_objects_are_bounded(unit: bytes) -> None:
-    assert parse(b'{"model":"a","x":[' + unit * (MAX_CONTAINERS - 2) + b"0]}", 128)
+    assert parse(b'{"model":"a","x":[' + unit * (MAX_CONTAINERS - 2) + b"0]}", 128, COMPLETIONS)
     assert refused(b'{"model":"a","x":[' + unit * MAX_CONTAINERS + b"0]}")[0] == "body_too_complex"
 
 
@@ -97,7 +98,7 @@ def test_arrays_and_objects_are_bounded(unit: bytes) -> None:
     ("unit", "limit"), [(b"1,", MAX_VALUES), (b'"",', MAX_STRINGS), (b'"[",', MAX_STRINGS), (b'"\\"",', MAX_STRINGS)]
 )
 def test_values_are_bounded(unit: bytes, limit: int) -> None:
-    assert parse(b'{"model":"a","x":[' + unit * (limit - 3) + b"0]}", 128)
+    assert parse(b'{"model":"a","x":[' + unit * (limit - 3) + b"0]}", 128, COMPLETIONS)
     assert refused(b'{"model":"a","x":[' + unit * (limit + 2) + b"0]}")[0] == "body_too_complex"
 
 
@@ -155,11 +156,11 @@ def test_members_that_the_gateway_reads_have_one_type(member: str, value: Any) -
         ({"prompt": [[1, 2], [3]], "n": 3}, 6),
         ({"prompt": []}, 1),
         ({"prompt_embeds": ["a", "b"], "prompt": ["c"]}, 3),
-        ({"n": 16, "prompt": ["x"] * 8}, 128),
+        ({"n": 16, "prompt": ["x"] * 8}, 128, COMPLETIONS),
     ],
 )
 def test_sequences_are_choices_times_prompts(fields: dict[str, Any], sequences: int) -> None:
-    assert parse(json.dumps({"model": "a"} | fields).encode(), 128).sequences == sequences
+    assert parse(json.dumps({"model": "a"} | fields).encode(), 128, COMPLETIONS).sequences == sequences
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_the_middleware_imports_the_standard_library_only() -> None:
     [
         (CHAT, "chat_completion/protocol.py", "ChatCompletionRequest"),
         (COMPLETIONS, "completion/protocol.py", "CompletionRequest"),
+        ("/v1/responses", "responses/protocol.py", "ResponsesRequest"),
     ],
 )
 def test_every_parameter_of_vllm_is_in_the_table(module: ModuleType, route: str, file: str, name: str) -> None:
@@ -71,6 +72,158 @@ def test_every_parameter_of_vllm_is_in_the_table(module: ModuleType, route: str,
     assert len(fields) > 40
     known = {parameter for parameter, rows in module.PARAMETERS.items() if any(route in row.routes for row in rows)}
     assert fields - known - {"_DEFAULT_SAMPLING_PARAMS"} == set(), "add them to the table in tunesmith_parameters.py"
+
+
+APIS = [
+    ("/v1/messages", "anthropic/protocol.py", ["AnthropicMessagesRequest"]),
+    ("/v1/messages/count_tokens", "anthropic/protocol.py", ["AnthropicCountTokensRequest"]),
+    ("/tokenize", "serve/tokenize/protocol.py", ["TokenizeCompletionRequest", "TokenizeChatRequest"]),
+    ("/detokenize", "serve/tokenize/protocol.py", ["DetokenizeRequest"]),
+    ("/v1/score", "pooling/scoring/protocol.py", ["ScoringRequestMixin", "ScoreQueriesItemsRequest"]),
+    ("/v1/rerank", "pooling/scoring/protocol.py", ["ScoringRequestMixin", "RerankRequest"]),
+    (
+        "/v1/embeddings",
+        "pooling/base/protocol.py",
+        [
+            *("PoolingBasicRequestMixin", "CompletionRequestMixin", "ChatRequestOptionsMixin", "ChatRequestMixin"),
+            *("EncodingRequestMixin", "EmbedRequestMixin"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("route", "file", "names"), APIS)
+def test_every_parameter_of_the_other_apis_is_in_the_table(
+    module: ModuleType, route: str, file: str, names: list[str]
+) -> None:
+    folder = next(vllm_program().parents[1].glob("lib/python*/site-packages/vllm/entrypoints"))
+    fields = {
+        node.target.id
+        for model in ast.parse((folder / file).read_text()).body
+        if isinstance(model, ast.ClassDef) and model.name in names
+        for node in model.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    known = {parameter for parameter, rows in module.PARAMETERS.items() if any(route in row.routes for row in rows)}
+    assert fields
+    assert fields - known == set(), "add them to the table in tunesmith_apis.py"
+
+
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+PICTURE = {"type": "image", "source": {"type": "url", "url": "http://10.0.0.1/x"}}
+BASES: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": "hello"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 5},
+    "/v1/messages/count_tokens": {"messages": MESSAGES},
+    "/v1/embeddings": {"input": "hello"},
+    "/v1/score": {"text_1": "a", "text_2": ["b"]},
+    "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/tokenize": {"prompt": "hello"},
+    "/detokenize": {"tokens": [1, 2]},
+}
+SERVED_BY_OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/responses", {"store": False, "background": False, "include": ["reasoning.encrypted_content"]}),
+    ("/v1/responses", {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": True}),
+    ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}}}),
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]}),
+    ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "c", "output": "5"}]}),
+    ("/v1/responses", {"instructions": "x" * 100_000, "reasoning": {"effort": "low"}, "stream": True}),
+    ("/v1/messages", {"system": [{"type": "text", "text": "x"}], "stop_sequences": ["a"], "stream": True}),
+    ("/v1/messages", {"tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "auto"}}),
+    ("/v1/messages", {"thinking": {"type": "enabled", "budget_tokens": 1024}, "metadata": {"user_id": "u"}}),
+    ("/v1/embeddings", {"input": ["a"] * 128, "encoding_format": "base64", "dimensions": 64}),
+    ("/v1/embeddings", {"input": [[1], [2]]}),
+    ("/v1/score", {"text_1": ["a"], "text_2": ["b"]}),
+    ("/v1/rerank", {"top_n": 1}),
+    ("/tokenize", {"prompt": None, "messages": MESSAGES, "return_token_strs": True}),
+]
+REFUSED_BY_OTHERS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("/v1/responses", {"store": True}, "store", "must be false: any pod of the pool may answer"),
+    ("/v1/responses", {"background": True}, "background", "must be false"),
+    ("/v1/responses", {"previous_response_id": "resp_1"}, "previous_response_id", "whole conversation as 'input'"),
+    ("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),
+    ("/v1/responses", {"input": []}, "input", "list of items"),
+    ("/v1/responses", {"input": None}, "input", "input is missing"),
+    ("/v1/responses", {"tools": [{"type": "mcp", "server_url": "http://x"}]}, "tools", "of type function"),
+    ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools", "of type function"),
+    ("/v1/responses", {"request_id": "x"}, "request_id", "same value"),
+    ("/v1/responses", {"n": 2}, "n", "not a parameter of /v1/responses"),
+    ("/v1/responses", {"max_output_tokens": -1}, "max_output_tokens", "whole number"),
+    ("/v1/responses", {"text": {"format": {"schema": {"multipleOf": 10**7}}}}, "text", "multipleOf"),
+    (
+        "/v1/responses",
+        {"input": [{"content": [{"type": "input_image", "image_url": "http://10.0.0.1/x"}]}]},
+        "input",
+        "allowMediaUrls",
+    ),
+    (
+        "/v1/responses",
+        {"input": [{"type": "function_call_output", "output": [{"type": "input_image", "image_url": "http://x"}]}]},
+        "input",
+        "input[0].output has 'image_url'",
+    ),
+    ("/v1/messages", {"messages": [{"role": "user", "content": [PICTURE]}]}, "messages", "allowMediaUrls"),
+    (
+        "/v1/messages",
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [PICTURE]}]}]},
+        "messages",
+        "allowMediaUrls",
+    ),
+    ("/v1/messages/count_tokens", {"system": [PICTURE]}, "system", "allowMediaUrls"),
+    ("/v1/messages", {"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools", "calls no tools itself"),
+    ("/v1/messages", {"stop_sequences": ["a"] * 5}, "stop_sequences", "at most 4"),
+    ("/v1/messages", {"vllm_xargs": {"a": 1}}, "vllm_xargs", "own extensions"),
+    (
+        "/v1/messages",
+        {
+            "tools": [{"name": "f", "input_schema": {"type": "object", "description": "x" * 40_000}}],
+            "tool_choice": {"type": "any"},
+        },
+        "tools",
+        "compiled to a grammar",
+    ),
+    ("/v1/embeddings", {"input": ["a"] * 129}, "input", "at most 128 elements"),
+    ("/v1/embeddings", {"input": ["a", 1]}, "input", "list of either"),
+    ("/v1/embeddings", {"encoding_format": "bytes"}, "encoding_format", "float, base64"),
+    ("/v1/embeddings", {"priority": -1}, "priority", "precedence"),
+    ("/v1/embeddings", {"padding": "max_length"}, "padding", "nobody needs"),
+    ("/v1/rerank", {"documents": ["a"] * 129}, "documents", "at most 128 elements"),
+    ("/v1/rerank", {"documents": [{"text": "x"}]}, "documents", "list of strings"),
+    ("/v1/score", {"text_1": None}, "text_1", "text_1 or queries or data_1 is missing"),
+    ("/tokenize", {"chat_template": "{{ x }}"}, "chat_template", "a template is a program"),
+    ("/detokenize", {"tokens": [-1]}, "tokens", "token ids"),
+    ("/detokenize", {"tokens": [2**63]}, "tokens", "token ids"),
+    ("/tokenize", {"model": None}, "model", "names no model"),
+]
+
+
+def checked_by_others(module: ModuleType, route: str, parameters: dict[str, Any], **policy: Any) -> Any:
+    checks = importlib.import_module("tunesmith_checks")
+    body = {"model": "m", **BASES[route], **parameters}
+    return module.request_refusal(route, body, checks.Policy.parse(json.dumps(policy), CPU))
+
+
+@pytest.mark.parametrize(("route", "parameters"), SERVED_BY_OTHERS)
+def test_requests_to_the_other_apis_are_served(module: ModuleType, route: str, parameters: dict[str, Any]) -> None:
+    assert checked_by_others(module, route, parameters) is None
+
+
+@pytest.mark.parametrize(("route", "parameters", "parameter", "sentence"), REFUSED_BY_OTHERS)
+def test_requests_to_the_other_apis_that_a_shared_engine_cannot_serve_are_refused(
+    module: ModuleType, route: str, parameters: dict[str, Any], parameter: str, sentence: str
+) -> None:
+    refusal = checked_by_others(module, route, parameters)
+    assert refusal is not None
+    assert refusal.parameter == parameter
+    assert sentence in refusal.message
+
+
+def test_pictures_of_the_other_apis_are_fetched_only_where_the_pool_allows_it(module: ModuleType) -> None:
+    messages = {"messages": [{"role": "user", "content": [PICTURE]}]}
+    assert checked_by_others(module, "/v1/messages", messages, allowMediaUrls=True) is None
+    picture = {"type": "image", "source": {"type": "url", "url": "file:///etc/passwd"}}
+    messages = {"messages": [{"role": "user", "content": [picture]}]}
+    assert "neither" in checked_by_others(module, "/v1/messages", messages, allowMediaUrls=True).message
 
 
 SERVED: list[tuple[str, dict[str, Any]]] = [
@@ -306,3 +459,21 @@ def test_constraints_are_refused_where_the_engine_has_no_grammars(
     assert module.request_refusal(CHAT, body, checks.Policy()) is None
     found = module.request_refusal(CHAT, body, checks.Policy(can_constrain=False))
     assert (found and (found.parameter, found.code)) == (name and (name, "unsupported_by_engine"))
+
+
+@pytest.mark.parametrize(
+    ("route", "parameters", "parameter"),
+    [
+        ("/v1/responses", {"text": {"format": {"type": "json_object"}}}, "text"),
+        ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config"),
+        ("/v1/messages", {"output_config": {"effort": "low"}, "tool_choice": {"type": "any"}}, "tools"),
+    ],
+)
+def test_constraints_of_the_other_apis_need_an_engine_that_can_constrain(
+    module: ModuleType, route: str, parameters: dict[str, Any], parameter: str
+) -> None:
+    checks = importlib.import_module("tunesmith_checks")
+    refusal = module.request_refusal(
+        route, {"model": "m", **BASES[route], **parameters}, checks.Policy(can_constrain=False)
+    )
+    assert refusal.parameter == parameter

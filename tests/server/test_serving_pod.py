@@ -178,6 +178,54 @@ def test_the_use_of_slots_memory_and_disk_is_reported(pod: ServingPod) -> None:
     assert (entry.loads, entry.load_seconds > 0) == (1, True)
 
 
+OTHER_APIS: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/responses", {"input": "Hello", "max_output_tokens": 4, "temperature": 0, "store": False}, "model"),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}, "model"),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "Hello"}]}, "input_tokens"),
+    ("/tokenize", {"prompt": "Hello"}, "tokens"),
+    ("/tokenize", {"messages": [{"role": "user", "content": "Hello"}]}, "tokens"),
+    ("/detokenize", {"tokens": [1, 2, 3]}, "prompt"),
+]
+
+
+@pytest.mark.usefixtures("served")
+def test_the_other_apis_answer_as_the_adapter_and_count_tokens(pod: ServingPod) -> None:
+    model = pod.entries["pirate"]["engineName"]
+    for path, body, member in OTHER_APIS:
+        # As the gateway does: the salt is in every body.
+        request = {"model": model, "cache_salt": "salt", **body}
+        before = pod.engine_state()["totals"].get(model, {}).get("completionTokens", 0)
+        answer = call(f"{pod.pod.engine_url}{path}", "POST", request)
+        assert answer.status == 200, (path, answer.text)
+        assert member in answer.json, path
+        if member == "model":
+            assert answer.text.startswith('{"model":"' + model), answer.text
+            assert pod.engine_state()["totals"][model]["completionTokens"] == before + 4
+    absent = call(f"{pod.pod.engine_url}/v1/embeddings", "POST", {"model": model, "input": "Hello"})
+    assert (absent.status, absent.headers["x-tunesmith-no-route"]) == (404, "true")
+    refused = call(f"{pod.pod.engine_url}/v1/responses", "POST", {"model": model, "input": "Hello", "store": True})
+    assert (refused.status, refused.json["error"]["param"]) == (400, "store")
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(("path", "envelope"), [("/v1/responses", "response"), ("/v1/messages", "message")])
+def test_streams_of_the_other_apis_begin_with_the_model_and_count_tokens(
+    pod: ServingPod, path: str, envelope: str
+) -> None:
+    model = pod.entries["pirate"]["engineName"]
+    talk = (
+        {"input": "Hello", "max_output_tokens": 5} if envelope == "response" else OTHER_APIS[1][1] | {"max_tokens": 5}
+    )
+    before = pod.engine_state()["totals"].get(model, {}).get("completionTokens", 0)
+    answer = call(f"{pod.pod.engine_url}{path}", "POST", {"model": model, "stream": True, **talk})
+    assert answer.status == 200
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert next(iter(events[0])) == envelope
+    assert next(iter(events[0][envelope].items())) == ("model", model)
+    assert len(events) > 5
+    assert pod.engine_state()["totals"][model]["completionTokens"] == before + 5
+
+
 @pytest.mark.usefixtures("served")
 def test_clients_can_use_only_the_routes_that_they_need(pod: ServingPod) -> None:
     body = {"lora_name": "x", "lora_path": "/"}
@@ -188,8 +236,11 @@ def test_clients_can_use_only_the_routes_that_they_need(pod: ServingPod) -> None
             ("POST", "/v1/unload_lora_adapter"),
             ("POST", "/adapters"),
             ("DELETE", "/adapters/x"),
-            ("POST", "/tokenize"),
-            ("POST", "/v1/responses"),
+            ("POST", "/v1/responses/x/cancel"),
+            ("GET", "/v1/responses/x"),
+            ("POST", "/v1/chat/completions/render"),
+            ("POST", "/inference/v1/generate"),
+            ("POST", "/invocations"),
             ("POST", "/tunesmith/drain"),
             ("GET", "/tunesmith/state"),
         )

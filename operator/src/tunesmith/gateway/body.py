@@ -18,6 +18,8 @@ from tunesmith.gateway import errors
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from tunesmith.gateway.apis import Api
+
 MAX_DEPTH = 64
 MAX_CONTAINERS = 20_000
 """Maximum number of arrays and objects. The engine builds and checks a Python object for each of them."""
@@ -44,7 +46,7 @@ class Body:
     Attributes:
         model: the model name that the client sent.
         stream: True if the client requests a stream of events.
-        sequences: number of sequences that the engine generates at once, choices × prompts.
+        sequences: number of sequences that the engine computes at once: choices × prompts, or inputs.
         max_tokens: longest answer that the client accepts, in tokens; None: as long as the model's context allows.
         members: the other members, undecoded, by name.
     """
@@ -101,7 +103,7 @@ def socket_pieces(pieces: list[bytes | memoryview]) -> Iterator[bytes | memoryvi
         yield bytes(small)
 
 
-def parse(data: bytes | bytearray, max_sequences: int) -> Body:
+def parse(data: bytes | bytearray, max_sequences: int, api: Api) -> Body:
     """Return the parsed body. The result refers to `data`, which must not be changed afterwards.
 
     Raises:
@@ -111,7 +113,7 @@ def parse(data: bytes | bytearray, max_sequences: int) -> Body:
     body = Body(
         model=_model(members),
         stream=bool(_typed(members, "stream", bool)),
-        sequences=_sequences(members),
+        sequences=_sequences(members, api),
         max_tokens=_max_tokens(members),
         members={name: raw for name, raw in members.items() if name not in _REPLACED},
     )
@@ -209,17 +211,17 @@ def _model(members: Mapping[str, msgspec.Raw]) -> str:
     return name
 
 
-def _sequences(members: Mapping[str, msgspec.Raw]) -> int:
-    """Return choices × prompts. vLLM's beam search keeps `n` beams for each prompt."""
+def _sequences(members: Mapping[str, msgspec.Raw], api: Api) -> int:
+    """Return choices × prompts, or the number of inputs. vLLM's beam search keeps `n` beams for each prompt."""
     _typed(members, "use_beam_search", bool)
     choices = max(1, _typed(members, "n", int) or 1, _typed(members, "best_of", int) or 1)
-    prompts = _count(members, "prompt") + _count(members, "prompt_embeds")
+    prompts = api.own_sequences + sum(_count(members, name) for name in api.lists)
     return choices * max(1, prompts)
 
 
 def _max_tokens(members: Mapping[str, msgspec.Raw]) -> int | None:
     """Return the client's bound of an answer; the engine refuses what is not a number."""
-    for name in ("max_completion_tokens", "max_tokens"):
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
         text = bytes(memoryview(members.get(name, b""))[: 2 * _MAX_DIGITS]).strip()
         if text.isdigit():
             return int(text[:_MAX_DIGITS])

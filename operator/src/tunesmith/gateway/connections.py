@@ -234,11 +234,11 @@ class ClientServer(web.Server):
                 connection.force_close()
 
 
-def error_response(error: errors.ApiError, request_id: str) -> web.Response:
-    """Return the response that reports an error."""
+def error_response(error: errors.ApiError, request_id: str, body: bytes | None = None) -> web.Response:
+    """Return the response that reports an error; `body` is its body in another schema than OpenAI's."""
     return web.Response(
         status=error.status,
-        body=error.body(),
+        body=error.body() if body is None else body,
         content_type="application/json",
         headers=error.headers | {"X-Request-Id": request_id},
     )

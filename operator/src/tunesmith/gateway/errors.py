@@ -290,8 +290,30 @@ def unknown_url(method: str, path: str) -> ApiError:
     return ApiError(
         HTTPStatus.NOT_FOUND,
         f"Invalid URL ({method[:_MAX_SHOWN_METHOD]} {path[:_MAX_SHOWN_NAME]}): the gateway serves /v1/chat/completions,"
-        " /v1/completions, /v1/models and /health.",
+        " /v1/completions, /v1/responses, /v1/messages, /v1/embeddings, /v1/score, /v1/rerank, /tokenize, /detokenize,"
+        " /v1/models and /health.",
         code="unknown_url",
+    )
+
+
+def api_not_served(path: str, model: str, pool: tuple[str, str] | None) -> ApiError:
+    """404: the engine of the model's pool does not have the API, whatever the model."""
+    where = f" of the pool `{'/'.join(pool)}`" if pool is not None else ""
+    return ApiError(
+        HTTPStatus.NOT_FOUND,
+        f"The engine{where}, which serves `{model}`, has no {path}: its base model cannot answer this API. Models for"
+        " text answer chats and completions, embedding models /v1/embeddings, and rerankers /v1/score and /v1/rerank.",
+        code="api_not_served",
+    )
+
+
+def responses_not_stored() -> ApiError:
+    """404: a stored response was requested, and no response is stored."""
+    return ApiError(
+        HTTPStatus.NOT_FOUND,
+        "Responses are not stored: any pod of a pool may answer the next request. Send the whole conversation as"
+        " `input`, with `store` set to false.",
+        code="responses_not_stored",
     )
 
 

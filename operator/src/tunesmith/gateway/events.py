@@ -19,18 +19,35 @@ _MODEL = re.compile(
 )
 
 
+_ENVELOPE = re.compile(rb'\s*+\{(?:\s*+"type"\s*+:\s*+' + _STRING + rb'\s*+,)?+\s*+"([a-z]+)"\s*+:')
+"""Beginning of an event up to the object that it contains."""
+
+
 class WrongModelError(Exception):
     """The answer does not show that it comes from the requested model."""
 
 
-def names_model(start: bytes | bytearray, engine_name: str, *, complete: bool) -> bool | None:
-    """Return True if a JSON answer comes from the model, False if not, None if `start` does not show it yet."""
-    found = _MODEL.match(start)
+def names_model(start: bytes | bytearray, engine_name: str, *, complete: bool, envelope: str = "") -> bool | None:
+    """Return True if a JSON answer comes from the model, False if not, None if `start` does not show it yet.
+
+    Args:
+        start: the answer, or its beginning.
+        engine_name: name of the model in the engine.
+        complete: `start` is the whole answer.
+        envelope: member of an event that contains the answer; empty: `start` is the answer.
+    """
+    if envelope:
+        begin = _ENVELOPE.match(start)
+        found = _MODEL.match(start, begin.end()) if begin is not None and begin[1].decode() == envelope else None
+    else:
+        found = _MODEL.match(start)
     if found is not None:
         return bool(_loads(found.group(1)) == engine_name)
     if not complete:
         return None if len(start) < MAX_HELD_BYTES else False
     document = _loads(start)
+    if envelope:
+        document = document.get(envelope) if isinstance(document, dict) else None
     return isinstance(document, dict) and document.get("model") == engine_name
 
 
@@ -62,8 +79,9 @@ class EventStream:
     error or ends the stream.
     """
 
-    def __init__(self, engine_name: str) -> None:
+    def __init__(self, engine_name: str, envelope: str = "") -> None:
         self._engine_name = engine_name
+        self._envelope = envelope
         self._held = bytearray()
         self.named = False
         """True once an event with data has passed."""
@@ -120,7 +138,8 @@ class EventStream:
             if not data:
                 continue
             whole_line = complete or number < len(lines) - 1
-            if data == b"[DONE]" or names_model(data, self._engine_name, complete=whole_line) or is_error(data):
+            names = names_model(data, self._engine_name, complete=whole_line, envelope=self._envelope)
+            if data == b"[DONE]" or names or is_error(data):
                 self.named = True
                 return
             raise WrongModelError

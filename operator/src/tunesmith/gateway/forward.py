@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 NOT_STARTED_HEADER = "x-tunesmith-not-started"
+NO_ROUTE_HEADER = "x-tunesmith-no-route"
+"""Header of a 404 of the engine that has no such API, whatever the model."""
 OTHER_TOKEN = "other_token"  # noqa: S105 - a label in metrics
 """Reason during a rotation of the installation's key: the pod refused this token, so the gateway's other one is tried
 immediately."""
@@ -93,6 +95,8 @@ class Forwarder:
             upstream = await self._wait_for_head(call, self._post(call, backend, engine_name, token, digest))
             if upstream.status == HTTPStatus.UNAUTHORIZED and backend.serving_tokens.refused(token):
                 raise NotStartedError(OTHER_TOKEN)
+            if upstream.headers.get(NO_ROUTE_HEADER) == "true":
+                raise errors.api_not_served(call.api.path, call.model.id, call.model.pool)
             await _raise_not_started(upstream)
             return await self._relay(call, upstream, engine_name)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -128,7 +132,7 @@ class Forwarder:
             DIGEST_HEADER: digest,
         }
         return self._session.post(
-            backend.url(call.request.rel_url.path),
+            backend.url(call.api.path),
             data=bytes(pieces[0]) if len(pieces) == 1 else _iterate(pieces),
             headers=headers,
             allow_redirects=False,
@@ -207,7 +211,7 @@ class Forwarder:
         """Relay an answer that is not a stream, a large one in pieces, once its start shows the right model."""
         start = await self._read_start(call, upstream)
         small = len(start) <= events.MAX_HELD_BYTES
-        if not events.names_model(start, engine_name, complete=small):
+        if call.api.names_model and not events.names_model(start, engine_name, complete=small):
             raise events.WrongModelError
         call.begin_answer()
         if call.usage is not None:
@@ -244,7 +248,7 @@ class Forwarder:
             call.request, call.request_id, call.share, self._limits, clock=self._clock, closing=self._closing
         )
         await reply.begin()
-        stream = events.EventStream(engine_name)
+        stream = events.EventStream(engine_name, call.api.envelope)
         first = True
         while chunk := await self._next_chunk(call, reply, upstream):
             ready = stream.feed(chunk)

@@ -19,6 +19,7 @@ from aiohttp import web
 from tunesmith.contracts.crash import request_digest
 from tunesmith.gateway import errors
 from tunesmith.gateway.access_log import AccessRecord
+from tunesmith.gateway.apis import API_BY_PATH, error_body, error_event, names_stored_response
 from tunesmith.gateway.broadcast import wait_for_event
 from tunesmith.gateway.budget import Budget
 from tunesmith.gateway.connections import error_response
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 HEALTH_PATHS = frozenset({"/", "/health"})
 CLIENT_CLOSED_REQUEST = 499
 """Status code in metrics and the log if the client closed the connection before the answer was complete."""
@@ -188,25 +188,29 @@ class Proxy:
 
     async def _report(self, exchange: _Exchange, error: errors.ApiError) -> web.StreamResponse:
         """Report an error to the client: as an event once its stream has begun, otherwise as the answer."""
-        events = exchange.call.events if exchange.call else None
+        events, path = exchange.call.events if exchange.call else None, exchange.request.rel_url.path
         if events is None or events.response is None:
-            return error_response(error, exchange.request_id)
+            return error_response(error, exchange.request_id, error_body(error, path, exchange.request_id))
         try:
-            return await events.fail(error)
+            return await events.fail(error_event(error, path, exchange.request_id))
         except ClientDisconnectedError:
             return _no_response()
 
     async def _answer(self, exchange: _Exchange) -> web.StreamResponse:
         request = exchange.request
         path = request.rel_url.path
-        if path in GENERATE_PATHS:
+        api = API_BY_PATH.get(path)
+        if api is not None:
             require(request, "POST")
             key = await self._admit(exchange)
             with self.budget.share(key.name) as share:
-                call = await self._requests.read(request, exchange.request_id, key, share, exchange.arrived)
+                call = await self._requests.read(request, exchange.request_id, api, key, share, exchange.arrived)
                 exchange.call = call
                 with self._quotas.running(key, call.body.sequences):
                     return await self._generate_counted(call)
+        if names_stored_response(path):
+            await self._admit(exchange)
+            raise errors.responses_not_stored()
         if names_models(path):
             require(request, "GET", "HEAD")
             return await self._models(request, await self._admit(exchange))
@@ -235,6 +239,8 @@ class Proxy:
         Raises:
             ApiError: the key's tokens are used up, or as `_generate`.
         """
+        if not call.api.computes:
+            return await self._generate(call)
         reservation = await self._quotas.reserve_tokens(call.key, estimated_tokens(call.body))
         if reservation is None:
             return await self._generate(call)
@@ -276,7 +282,7 @@ class Proxy:
             ApiError: it was in flight at several crashes, and is refused for some time.
         """
         body = call.body.pieces(engine_name, call.cache_salt)
-        digest = request_digest(call.cache_salt, call.request.rel_url.path, engine_name, body)
+        digest = request_digest(call.cache_salt, call.api.path, engine_name, body)
         suspect = self._crashes.find(pool_uid, digest)
         if suspect is not None and suspect.is_refused:
             seconds = self._crashes.seconds_until_accepted(suspect)
@@ -301,7 +307,7 @@ def _access_record(exchange: _Exchange, status: int, seconds: float) -> AccessRe
         request_id=exchange.request_id,
         key=exchange.key,
         method=exchange.request.method[:_LONGEST_METHOD],
-        path=MODELS_PATH if names_models(path) else path if path in GENERATE_PATHS else "",
+        path=MODELS_PATH if names_models(path) else path if path in API_BY_PATH else "",
         model=exchange.model,
         engine_name=call.engine_name if call else "",
         pod=call.pod if call else "",

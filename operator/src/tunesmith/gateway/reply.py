@@ -183,14 +183,14 @@ class EventReply:
             await self.write(COMMENT)
         self._last = self._clock()
 
-    async def fail(self, error: ApiError) -> web.StreamResponse:
-        """Finish the stream with an event that reports an error.
+    async def fail(self, event: bytes) -> web.StreamResponse:
+        """Finish the stream with an event that reports an error, given without its end.
 
         Raises:
             ClientDisconnectedError: see the function `write`.
         """
         start = b"" if self.between_events else EVENT_END
-        await self.write(start + b"data: " + error.body() + EVENT_END)
+        await self.write(start + event + EVENT_END)
         return await self.finish()
 
     async def finish(self) -> web.StreamResponse:

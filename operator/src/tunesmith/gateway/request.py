@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.apikey import ApiKey
+    from tunesmith.gateway.apis import Api
     from tunesmith.gateway.body import Body
     from tunesmith.gateway.budget import Share
     from tunesmith.gateway.catalog import Catalog, Model
@@ -42,6 +43,7 @@ class Call:
     """A request to a model.
 
     Attributes:
+        api: the API that the client calls.
         body: the parsed body; its bytes are released once a pod's answer has begun.
         share: its bytes in the budget.
         events: the stream to the client, if it requested one.
@@ -58,6 +60,7 @@ class Call:
     request_id: str
     key: ApiKey
     model: Model
+    api: Api
     body: Body
     share: Share
     cache_salt: str
@@ -124,7 +127,9 @@ class RequestReader:
             raise errors.invalid_key() if self._synced() else errors.starting()
         return key
 
-    async def read(self, request: web.BaseRequest, request_id: str, key: ApiKey, share: Share, arrived: float) -> Call:
+    async def read(
+        self, request: web.BaseRequest, request_id: str, api: Api, key: ApiKey, share: Share, arrived: float
+    ) -> Call:
         """Read and resolve a request.
 
         Raises:
@@ -132,17 +137,17 @@ class RequestReader:
             ConnectionError: the client closed its connection.
         """
         share.reserve(ANSWER_BYTES)
-        body = parse(await read_body(request, share, self._limits), self._limits.max_sequences)
+        body = parse(await read_body(request, share, self._limits), self._limits.max_sequences, api)
         model = self._resolve(body, key)
         events = None
         if body.stream:
             events = EventReply(request, request_id, share, self._limits, clock=self._clock, closing=self._closing)
         salt = cache_salt(self._gateway_keys()[0], key.home)
         usage = None
-        if key.tokens_per_minute is not None or key.tokens_per_day is not None:
-            body, hide = body.with_usage()
+        if api.computes and (key.tokens_per_minute is not None or key.tokens_per_day is not None):
+            body, hide = body.with_usage() if api.usage_option else (body, False)
             usage = AnswerUsage(estimated_prompt_tokens(body), hide=hide)
-        return Call(request, request_id, key, model, body, share, salt, events, arrived, usage=usage)
+        return Call(request, request_id, key, model, api, body, share, salt, events, arrived, usage=usage)
 
     def _resolve(self, body: Body, key: ApiKey) -> Model:
         try:
@@ -162,14 +167,15 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 def presented_key(request: web.BaseRequest, keys: KeyTable) -> ApiKey | None:
-    """Return the API key of a request, or None if it is not valid.
+    """Return the API key of a request, or None if it is not valid. Anthropic's clients send it as `x-api-key`.
 
     Raises:
         ApiError: the request has no key.
     """
     scheme, _, presented = request.headers.get("Authorization", "").partition(" ")
-    presented = presented.strip()
-    if scheme.lower() != "bearer" or not presented:
+    presented = presented.strip() if scheme.lower() == "bearer" else ""
+    presented = presented or request.headers.get("x-api-key", "").strip()
+    if not presented:
         raise errors.missing_key()
     return keys.find(presented)
 

@@ -42,7 +42,7 @@ MAX_MULTIPLE = 1000
 MAX_ALL_OF = 8
 """Highest number of entries in an allOf: the grammar compiler intersects them."""
 INT64 = 2**63 - 1
-_MAX_MESSAGES = 4096
+MAX_MESSAGES = 4096
 MAX_TEXT = 512
 
 
@@ -187,6 +187,15 @@ def refused(reason: str, *harmless: object) -> Check:
     return check
 
 
+def off(reason: str) -> Check:
+    """Return the check of a switch that a shared engine does not have."""
+
+    def check(value: object, _policy: Policy) -> str | None:
+        return None if value is False else f"must be false: {reason}"
+
+    return check
+
+
 def accepted(_value: object, _policy: Policy) -> str | None:
     """Accept any value."""
     return None
@@ -308,17 +317,23 @@ def messages(value: object, policy: Policy) -> str | None:
         return "must be a list of messages, which are objects"
     if not value:
         return "must have at least one message"
-    if len(value) > _MAX_MESSAGES:
-        return f"must have at most {_MAX_MESSAGES} messages"
+    if len(value) > MAX_MESSAGES:
+        return f"must have at most {MAX_MESSAGES} messages"
     for index, message in enumerate(value):
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [content]
-        for part in parts:
-            problem = _part(part, policy) if isinstance(part, dict) else None
-            if problem is None and not (part is None or isinstance(part, str | dict)):
-                problem = "must be a string or a list of parts, which are strings or objects"
-            if problem is not None:
-                return f"[{index}].content {problem}"
+        problem = parts(message.get("content"), policy)
+        if problem is not None:
+            return f"[{index}].content {problem}"
+    return None
+
+
+def parts(content: object, policy: Policy) -> str | None:
+    """Check the content of a message: a text, or a list of parts."""
+    for part in content if isinstance(content, list) else [content]:
+        problem = _part(part, policy) if isinstance(part, dict) else None
+        if problem is None and not (part is None or isinstance(part, str | dict)):
+            problem = "must be a string or a list of parts, which are strings or objects"
+        if problem is not None:
+            return problem
     return None
 
 
@@ -326,8 +341,12 @@ def _part(part: dict[str, Any], policy: Policy) -> str | None:
     for name, reason in _UNSAFE_PARTS.items():
         if name in part or part.get("type") == name:
             return f"must not have '{name}': it {reason}"
-    for name in _MEDIA & set(part):
-        media = part[name]
+    # Anthropic's images have a `source`, of which only the type `url` is fetched.
+    source = part.get("source")
+    media_by_name = {name: part[name] for name in _MEDIA & set(part)}
+    if isinstance(source, dict) and source.get("type") == "url":
+        media_by_name["source"] = source
+    for name, media in media_by_name.items():
         url = media.get("url") if isinstance(media, dict) else media
         if url is None:
             continue
@@ -345,16 +364,17 @@ def _part(part: dict[str, Any], policy: Policy) -> str | None:
 
 def prompt(value: object, policy: Policy) -> str | None:
     """Check the prompts of a completion: strings or token ids."""
-    if isinstance(value, str) or _ids(value):
+    if isinstance(value, str) or ids(value):
         return None
-    if isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(_ids(p) for p in value)):
+    if isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(ids(p) for p in value)):
         if len(value) <= policy.max_choices:
             return None
         return f"must have at most {policy.max_choices} prompts, the limit of this pool (requests.maxChoices)"
     return "must be a string, a list of token ids, or a list of either"
 
 
-def _ids(value: object) -> bool:
+def ids(value: object) -> bool:
+    """Return True for a list of token ids that is not empty."""
     return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < 2**31 for i in value)
 
 

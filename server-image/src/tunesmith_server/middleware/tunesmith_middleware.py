@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from tunesmith_server.middleware import (
         tunesmith_adapters,
+        tunesmith_apis,
         tunesmith_checks,
         tunesmith_journal,
         tunesmith_parameters,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 else:
     # Beside this file, which the agent puts on the engine's PYTHONPATH.
     import tunesmith_adapters
+    import tunesmith_apis
     import tunesmith_checks
     import tunesmith_journal
     import tunesmith_parameters
@@ -60,7 +62,7 @@ MAX_BODY_BYTES = 32 * 1024 * 1024
 """Largest request body, in bytes; 413 above it."""
 MIN_TOKEN_LENGTH = 16
 """Length of the shortest valid token, in characters."""
-GENERATE = frozenset({tunesmith_parameters.CHAT, tunesmith_parameters.COMPLETIONS})
+POST = tunesmith_parameters.ROUTES
 """Routes to which clients may POST. Their requests are counted and need a `model`."""
 _LOAD = "/v1/load_lora_adapter"
 ADAPTERS = frozenset({_LOAD, "/v1/unload_lora_adapter"})
@@ -233,7 +235,7 @@ class Middleware:
                 "This pod's token is missing or wrong. Call the gateway, not the pod.",
                 ((b"www-authenticate", b"Bearer"),),
             )
-        elif method == "POST" and path in GENERATE and not admin:
+        elif method == "POST" and path in POST and not admin:
             await self._generate(scope, receive, send)
         elif method == "GET" and path in READ:
             await self._app(scope, receive, send)
@@ -256,7 +258,7 @@ class Middleware:
             await self._restart(scope, receive, send)
         elif path in ADAPTERS and method == "POST":
             await self._change_adapters(scope, receive, send)
-        elif path in GENERATE and method == "POST":
+        elif path in POST and method == "POST":
             await self._generate_for_agent(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -360,29 +362,29 @@ class Middleware:
         except ValueError as error:
             await _refuse(send, 400, "invalid_json", f"The request body {error}.")
             return
-        model = document.get("model")
-        if not isinstance(model, str) or not model:
-            await _refuse(
-                send,
-                400,
-                "missing_model",
-                "The request names no model. Set 'model' to a name that GET /v1/models lists.",
-                param="model",
-            )
+        route = _route(scope)
+        if not _has_route(scope, route):
+            message = f"The engine has no {route}: its model cannot answer this API."
+            await _refuse(send, 404, "api_not_served", message, ((b"x-tunesmith-no-route", b"true"),))
             return
-        refusal = tunesmith_parameters.request_refusal(_route(scope), document, self._policy)
+        refusal = tunesmith_parameters.request_refusal(route, document, self._policy)
         if refusal is not None:
             await _refuse(send, 400, refusal.code, refusal.message, param=refusal.parameter)
             return
+        model = document["model"]
         # No await between the check and the count: a drain either refuses a request or waits for it.
         if self._draining or _is_dead(scope):
             await _refuse_not_started(send)
             return
-        observer = tunesmith_reply.Reply(send, self._count, model, lambda: _is_dead(scope))
+        observer = tunesmith_reply.Reply(
+            send, self._count, model, lambda: _is_dead(scope), tunesmith_apis.ENVELOPES.get(route, "")
+        )
         if model in self._adapters.base_names:
             document["model"] = _base_name(scope)
             observer.rename(document["model"])
-        if document.get("stream"):
+        if document.get("stream") and route in tunesmith_apis.ENVELOPES:
+            observer.expect_stream()
+        elif document.get("stream"):
             # Tokens are counted from the usage in every event; it is removed for a client that did not request it.
             requested = document.get("stream_options") or {}
             observer.hide_usage(
@@ -404,7 +406,8 @@ class Middleware:
         """Have vLLM process a checked request once its adapter has a slot; it is counted meanwhile."""
         self._in_flight[model] = self._in_flight.get(model, 0) + 1
         try:
-            async with self._adapters.use(model, client.left) as admitted:
+            needs_slot = _route(scope) not in tunesmith_apis.NOT_COMPUTED
+            async with self._adapters.use(model if needs_slot else "", client.left) as admitted:
                 if admitted and _is_dead(scope):
                     await _refuse_not_started(send)
                 elif admitted:
@@ -511,6 +514,12 @@ def _route(scope: Scope) -> str:
     if root and path.startswith(root) and path[len(root) : len(root) + 1] in {"", "/"}:
         return path[len(root) :]
     return path
+
+
+def _has_route(scope: Scope, route: str) -> bool:
+    """Return True if vLLM's application has a route, which depends on what its model can compute."""
+    routes = getattr(scope.get("app"), "routes", None)
+    return routes is None or any(getattr(other, "path", "") == route for other in routes)
 
 
 def _header(scope: Scope, name: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Parameters that a request to a shared engine may set: all of vLLM's chat and completion API, with type and bounds.
+"""Parameters that a request to a shared engine may set: all of vLLM's APIs for clients, with type and bounds.
 
 This module runs inside vLLM's interpreter, so it uses the standard library only. `request_refusal` is the entry point:
 it checks a parsed request body and returns the first violation, as a sentence for the client.
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from tunesmith_server.middleware import tunesmith_apis as apis
     from tunesmith_server.middleware import tunesmith_checks as checks
     from tunesmith_server.middleware.tunesmith_checks import Policy
 else:
+    import tunesmith_apis as apis
     import tunesmith_checks as checks  # beside this file, which the agent puts on the engine's PYTHONPATH
 
 CHAT = "/v1/chat/completions"
@@ -54,7 +56,7 @@ def _rows(routes: frozenset[str], **by_name: checks.Check) -> dict[str, Paramete
 
 
 PARAMETERS: Mapping[str, tuple[Parameter, ...]]
-"""Rows by name; a name with different meanings on the two routes has two."""
+"""Rows by name; a name with different meanings on two routes has two."""
 
 
 def _table(*groups: dict[str, Parameter]) -> dict[str, tuple[Parameter, ...]]:
@@ -163,8 +165,11 @@ PARAMETERS = _table(
         suffix=checks.text(),
         prompt_embeds=checks.refused(_TENSORS),
     ),
+    *(_rows(frozenset({route}), **rows) for route, rows in apis.PARAMETERS.items()),
 )
-_REQUIRED = {CHAT: "messages", COMPLETIONS: "prompt"}
+_REQUIRED = {CHAT: ("messages",), COMPLETIONS: ("prompt",), **apis.REQUIRED}
+ROUTES = frozenset(_REQUIRED)
+"""Routes to which clients may POST."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +215,13 @@ def request_refusal(route: str, body: Mapping[str, Any], policy: Policy) -> Requ
     """Return the reason for refusing a request, or None.
 
     Args:
-        route: CHAT or COMPLETIONS.
+        route: one of ROUTES.
         body: parsed JSON object.
         policy: policy of the pool.
     """
+    if not body.get("model") or not isinstance(body["model"], str):
+        message = "The request names no model. Set 'model' to a name that GET /v1/models lists."
+        return RequestRefusal("model", message, "missing_model")
     for name, value in body.items():
         row = next((row for row in PARAMETERS.get(name, ()) if route in row.routes), None)
         if row is None:
@@ -225,8 +233,9 @@ def request_refusal(route: str, body: Mapping[str, Any], policy: Policy) -> Requ
         if problem is not None:
             separator = "" if problem.startswith("[") else " "
             return RequestRefusal(name, f"{name}{separator}{problem}.")
-    if body.get(_REQUIRED[route]) is None:
-        return RequestRefusal(_REQUIRED[route], f"{_REQUIRED[route]} is missing.")
+    required = _REQUIRED[route]
+    if all(body.get(name) is None for name in required):
+        return RequestRefusal(required[0], f"{' or '.join(required)} is missing.")
     return _combination_refusal(body, policy)
 
 
@@ -240,8 +249,11 @@ def _combination_refusal(body: Mapping[str, Any], policy: Policy) -> RequestRefu
             f"{policy.max_choices} per request (requests.maxChoices).",
         )
     tools = body.get("tools") or []
-    strict = any(tool["function"].get("strict") for tool in tools)
-    compiled = strict or body.get("tool_choice") not in (None, "none", "auto")
+    strict = any(tool.get("function", tool).get("strict") for tool in tools)
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") in ("none", "auto"):  # of Anthropic's API
+        choice = None
+    compiled = strict or choice not in (None, "none", "auto")
     if compiled and (problem := checks.schema(tools)):
         return RequestRefusal("tools", f"tools {problem} if tool_choice or strict has them compiled to a grammar.")
     if not policy.can_constrain and (constraint := _constraint(body, compiles_tools=compiled)):
@@ -266,8 +278,13 @@ def _combination_refusal(body: Mapping[str, Any], policy: Policy) -> RequestRefu
 
 def _constraint(body: Mapping[str, Any], *, compiles_tools: bool) -> str | None:
     """Return the parameter from which a grammar is compiled, or None."""
-    if (body.get("response_format") or {}).get("type", "text") != "text":
-        return "response_format"
+    formats = {
+        "response_format": body.get("response_format"),
+        **{name: (body.get(name) or {}).get("format") for name in ("text", "output_config")},
+    }
+    for name, format_ in formats.items():
+        if (format_ or {}).get("type", "text") != "text":
+            return name
     constraints = body.get("structured_outputs") or {}
     if any(constraints.get(name) not in (None, False) for name in checks.CONSTRAINTS):
         return "structured_outputs"
