@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
@@ -30,7 +30,7 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
     async with AsyncExitStack() as stack:
         rigs: list[Rig] = []
 
-        async def run(*, synced: bool = True, drain_seconds: float = 5.0, **limits: float) -> Rig:
+        async def run(*, synced: bool = True, drain_seconds: float = 5.0, **limits: Any) -> Rig:
             engine_port, agent_port = free_ports(2)
             watches = Watches()
             if not synced:

@@ -234,3 +234,16 @@ async def test_tokens_of_a_responses_stream_count_towards_the_keys_limit(pirates
     async with pirates.http.post(f"{pirates.url}/v1/responses", json=body, headers=headers) as response:
         assert response.status == 429
     assert pirates.pods[0].seen[0].keys() == {"model", "cache_salt", "input", "stream", "max_output_tokens"}
+
+
+async def test_models_have_the_members_that_clients_read(rig: Rig) -> None:
+    rig.pool["spec"]["engine"] = {"maxModelLength": 4096}
+    rig.watches.put(adapter_manifest("pirate", digests=("b", "a")))
+    await rig.add_pod(PIRATE)
+    headers = {"Authorization": f"Bearer {rig.key}"}
+    async with rig.http.get(f"{rig.url}/v1/models", headers=headers) as response:
+        models = {model["id"]: model for model in (await response.json())["data"]}
+    members = {"root": "team/pirate@bbbbbbbbbbbb", "parent": "serving/base", "max_model_len": 4096}
+    assert models["team/pirate"].items() >= members.items()
+    members = {"root": "serving/base", "parent": None, "max_model_len": 4096}
+    assert models["serving/base"].items() >= members.items()

@@ -106,6 +106,9 @@
 {{- if not .Values.gateway.accessLog }}
 - --no-access-log
 {{- end }}
+{{- if .Values.gateway.corsOrigins }}
+- {{ printf "--cors-origins=%s" (join "," .Values.gateway.corsOrigins) | quote }}
+{{- end }}
 - --linger-seconds={{ toJson .Values.gateway.lingerSeconds }}
 - --drain-seconds={{ toJson .Values.gateway.drainSeconds }}
 {{- end }}

@@ -65,10 +65,17 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A ServingPool."""
+    """A ServingPool.
+
+    Attributes:
+        base: global id of its base model.
+        max_length: longest request with its answer, in tokens; None: the base model's own limit.
+    """
 
     key: PoolKey
     uid: str
+    base: str = ""
+    max_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +168,10 @@ class Catalog:
         except ValueError:
             self.remove_pool(document)
             raise
-        self._pools[key] = Pool(key=key, uid=pool.metadata.uid)
+        base = _base_model(pool)
+        self._pools[key] = Pool(key, pool.metadata.uid, base.id, pool.spec.engine.max_model_length)
         self._hold_seconds[key] = pool.hold_seconds
-        self._claim(_Claimant("ServingPool", *key), model_name_claim(pool), _base_model(pool))
+        self._claim(_Claimant("ServingPool", *key), model_name_claim(pool), base)
 
     def remove_pool(self, document: Mapping[str, Any]) -> None:
         """Forget a ServingPool."""
@@ -201,6 +209,10 @@ class Catalog:
             if pool is not None and pod.pool_uid == pool.uid:
                 name = f"{pod.namespace}/{pod.name}"
                 yield Pod(uid=pod.uid, name=name, address=pod.address, pool=pool, ready=pod.ready)
+
+    def pool(self, key: PoolKey | None) -> Pool | None:
+        """Return a pool; None if it does not exist."""
+        return None if key is None else self._pools.get(key)
 
     def pool_uid(self, key: PoolKey | None) -> str | None:
         """Return the UID of a pool; None if it does not exist."""

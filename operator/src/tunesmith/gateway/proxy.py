@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tunesmith.contracts.apikey import ApiKey
     from tunesmith.gateway.backends import BackendTable
     from tunesmith.gateway.catalog import Catalog
+    from tunesmith.gateway.cors import Cors
     from tunesmith.gateway.crashes import CrashTable
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.keys import KeyTable
@@ -79,6 +80,7 @@ class Proxy:
 
     Args:
         gateway_keys: returns the gateway's keys, from which the salts of the prefix cache are derived.
+        cors: answers to browsers.
         not_ready: returns the reason why the gateway is not ready for requests, or None.
     """
 
@@ -95,6 +97,7 @@ class Proxy:
         metrics: Metrics,
         limits: Limits,
         quotas: Quotas,
+        cors: Cors,
         record: Callable[[AccessRecord], None] | None,
         clock: Callable[[], float],
         synced: Callable[[], bool],
@@ -105,6 +108,7 @@ class Proxy:
         self._metrics = metrics
         self._limits = limits
         self._quotas = quotas
+        self._cors = cors
         self._record = record
         self._clock = clock
         self._synced = synced
@@ -126,6 +130,7 @@ class Proxy:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         exchange = _Exchange(request, request_id(request), self._clock())
+        request[LIMIT_HEADERS] = self._cors.headers(request.headers)
         code: int = CLIENT_CLOSED_REQUEST
         try:
             response = await self._respond(exchange)
@@ -199,6 +204,9 @@ class Proxy:
     async def _answer(self, exchange: _Exchange) -> web.StreamResponse:
         request = exchange.request
         path = request.rel_url.path
+        preflight = self._cors.preflight(request.method, request.headers)
+        if preflight is not None:
+            return web.Response(status=HTTPStatus.NO_CONTENT, headers=preflight)
         api = API_BY_PATH.get(path)
         if api is not None:
             require(request, "POST")
@@ -230,7 +238,7 @@ class Proxy:
         """
         key = self._requests.authenticate(exchange.request)
         exchange.key = key.name
-        exchange.request[LIMIT_HEADERS] = await self._quotas.count_request(key)
+        exchange.request[LIMIT_HEADERS] |= await self._quotas.count_request(key)
         return key
 
     async def _generate_counted(self, call: Call) -> web.StreamResponse:

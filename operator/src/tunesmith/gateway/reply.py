@@ -24,7 +24,7 @@ SLOW_CLIENT_BYTES = 256 * 1024
 
 
 LIMIT_HEADERS = web.RequestKey("limit_headers", dict[str, str])
-"""Key of a request's headers about its API key's limits, which every answer carries."""
+"""Key of a request's headers that every answer carries: about its API key's limits, and for browsers."""
 
 
 class ClientDisconnectedError(Exception):

@@ -15,6 +15,7 @@ from tunesmith.gateway.access_log import write_record
 from tunesmith.gateway.backends import BackendTable
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.connections import ClientServer
+from tunesmith.gateway.cors import Cors
 from tunesmith.gateway.crashes import CrashTable
 from tunesmith.gateway.demand import Demand
 from tunesmith.gateway.feed import Feed
@@ -103,6 +104,7 @@ class Gateway:
             metrics=self.metrics,
             limits=settings,
             quotas=Quotas(settings.replicas, wall_clock=time.time),
+            cors=Cors(settings.cors_origins),
             record=write_record if settings.access_log else None,
             clock=loop.time,
             synced=self.feed.synced,

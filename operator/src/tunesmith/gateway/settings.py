@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT, GATEWAY_INTERNAL_PORT, GATEWAY_PORT
 from tunesmith.contracts.settings import ChartValue, Internal
+from tunesmith.gateway.cors import Origins  # noqa: TC001 - read by pydantic
 from tunesmith.gateway.limits import Limits
 from tunesmith.settings import ClusterSettings
 
@@ -46,6 +47,9 @@ class GatewaySettings(Limits, ClusterSettings):
     """Number of gateways that share the limits of API keys."""
     access_log: Annotated[bool, ChartValue("gateway.accessLog")] = True
     """Write a line of JSON to stdout for each request, without API keys and contents."""
+    cors_origins: Annotated[Origins, ChartValue("gateway.corsOrigins")] = ()
+    """Origins whose web pages may call the gateway from a browser, such as https://app.example.com; `*`: all; empty:
+    none."""
     engine_port: Annotated[_Port, _POOLS] = ENGINE_PORT
     """Port of the engines."""
     agent_port: Annotated[_Port, _POOLS] = AGENT_PORT
