@@ -28,6 +28,7 @@ from tunesmith.contracts.apikey import key_record, new_key
 from tunesmith.contracts.crash import CrashedRequest, EngineCrash
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.podevents import EventWriter
+from tunesmith.contracts.traffic import SHADOW_HEADER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -146,6 +147,7 @@ class FakePod:
         self.use = PodUse()
         self.ready = True
         self.seen: list[dict[str, Any]] = []
+        self.mirrored: list[dict[str, Any]] = []
         self.digests: list[str] = []
         self.crashes: list[EngineCrash] = []
         self.running = 0
@@ -247,7 +249,7 @@ class FakePod:
                 status=503,
                 headers={"x-tunesmith-not-started": "true"},
             )
-        self.seen.append(body)
+        (self.mirrored if request.headers.get(SHADOW_HEADER) == "true" else self.seen).append(body)
         self.digests.append(request.headers["x-tunesmith-digest"])
         if self.answer is not None:
             answer = await self.answer(request, body)
@@ -349,6 +351,8 @@ def adapter_manifest(
     created: str = "2026-01-02T00:00:00Z",
     conditions: list[dict[str, Any]] | None = None,
     whole: bool = False,
+    weights: tuple[int, ...] = (),
+    shadow: int | None = None,
 ) -> dict[str, Any]:
     status: dict[str, Any] = {"conditions": conditions or [condition("Resolved", "True", "Resolved")]}
     if pool is not None:
@@ -362,6 +366,10 @@ def adapter_manifest(
         }
         for character in digests
     ]
+    for revision, weight in zip(status["revisions"], weights, strict=False):
+        revision["weight"] = weight
+    if shadow is not None:
+        status["revisions"][0]["shadowPercent"] = shadow
     return {
         "kind": "AdapterDeployment",
         "apiVersion": "tunesmith.dev/v1alpha1",
@@ -434,14 +442,18 @@ class Rig:
         *,
         path: str = "/v1/chat/completions",
         key: str | None = None,
+        session: str | None = None,
     ) -> tuple[int, dict[str, Any], CIMultiDictProxy[str]]:
         headers = {"Authorization": f"Bearer {key or self.key}"}
+        headers |= {} if session is None else {"X-Session-ID": session}
         async with self.http.post(f"{self.url}{path}", json=body, headers=headers) as response:
             return response.status, await response.json(), response.headers
 
-    async def chat(self, model: str, *, key: str | None = None, **fields: object) -> tuple[int, dict[str, Any]]:
+    async def chat(
+        self, model: str, *, key: str | None = None, session: str | None = None, **fields: object
+    ) -> tuple[int, dict[str, Any]]:
         body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]} | fields
-        status, answer, _ = await self.post(body, key=key)
+        status, answer, _ = await self.post(body, key=key, session=session)
         return status, answer
 
 

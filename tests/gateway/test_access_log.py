@@ -53,7 +53,7 @@ async def test_a_request_is_a_line(start: Start, capfd: pytest.CaptureFixture[st
     assert (first["stream"], first["sequences"]) == (False, 1)
     assert 0 < first["firstByteSeconds"] <= first["seconds"]
     assert before.timestamp() - 1 <= datetime.fromisoformat(first["time"]).timestamp() <= datetime.now(UTC).timestamp()
-    assert "tokens" not in first
+    assert first["tokens"] == 2
     assert (limited["key"], limited["sequences"], limited["tokens"]) == ("limited", 2, 2)
     assert (unknown["status"], unknown["key"], "model" in unknown) == (404, "default", False)
     assert (wrong["status"], "key" in wrong) == (401, False)

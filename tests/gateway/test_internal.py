@@ -62,9 +62,9 @@ async def test_metrics_count_by_model_and_code_and_never_by_unknown_names(rig: R
     headers = {"Authorization": f"Bearer {token}"}
     async with rig.http.get(f"{rig.internal_url}/metrics", headers=headers) as response:
         text = await response.text()
-    assert 'tunesmith_gateway_requests_total{code="200",model="team/pirate"} 2.0' in text
-    assert 'tunesmith_gateway_requests_total{code="404",model=""} 1.0' in text
-    assert 'tunesmith_gateway_time_to_first_byte_seconds_count{model="team/pirate"} 2.0' in text
+    assert 'tunesmith_gateway_requests_total{code="200",model="team/pirate",revision="aaaaaaaaaaaa"} 2.0' in text
+    assert 'tunesmith_gateway_requests_total{code="404",model="",revision=""} 1.0' in text
+    assert 'tunesmith_gateway_request_duration_seconds_count{model="team/pirate",revision="aaaaaaaaaaaa"} 2.0' in text
     assert "unheard-of" not in text
 
 

@@ -9,6 +9,7 @@ from tests.gateway.gateway_rig import adapter_manifest, eventually
 from tunesmith.contracts.agent import metrics_tokens
 from tunesmith.gateway.demand import Demand
 from tunesmith.gateway.metrics import Metrics
+from tunesmith.gateway.usage import TokenCounts
 
 if TYPE_CHECKING:
     from tests.gateway.gateway_rig import Rig
@@ -27,27 +28,32 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
 
 def test_prometheus_can_read_the_exposition() -> None:
     demand = Demand()
-    demand.add_running("team/a", 3)
+    demand.add_running("team/a", "team/a@1", 3)
     metrics = Metrics(demand, lambda _: True)
     for seconds in (0.01, 0.2, 1000.0):
-        metrics.finished("team/a", 200, seconds)
+        metrics.finished("team/a@1", 200, seconds)
     metrics.finished("", 404, 0.5)
-    metrics.first_byte("team/a", 0.2)
+    metrics.streamed("team/a@1", 0.2, 0.02)
+    metrics.streamed("team/a@1", 0.2, None)
+    metrics.generated("team/a@1", TokenCounts(7, 5, 12))
     metrics.not_started("draining")
     metrics.malformed()
     seen = samples(metrics)
-    a = ("model", "team/a")
+    a = (("model", "team/a"), ("revision", "1"))
     name = "tunesmith_gateway_request_duration_seconds"
-    assert seen["tunesmith_gateway_requests_total", (("code", "200"), a)] == 3
-    assert seen["tunesmith_gateway_requests_total", (("code", "404"), ("model", ""))] == 1
-    assert seen["tunesmith_gateway_sequences_running", (a,)] == 3
-    assert seen[f"{name}_bucket", (("le", "0.01"), a)] == 1
-    assert seen[f"{name}_bucket", (("le", "0.25"), a)] == 2
-    assert seen[f"{name}_bucket", (("le", "300.0"), a)] == 2
-    assert seen[f"{name}_bucket", (("le", "+Inf"), a)] == 3
-    assert seen[f"{name}_count", (a,)] == 3
-    assert seen[f"{name}_sum", (a,)] == 1000.21
-    assert seen["tunesmith_gateway_time_to_first_byte_seconds_count", (a,)] == 1
+    assert seen["tunesmith_gateway_requests_total", (("code", "200"), *a)] == 3
+    assert seen["tunesmith_gateway_requests_total", (("code", "404"), ("model", ""), ("revision", ""))] == 1
+    assert seen["tunesmith_gateway_sequences_running", a] == 3
+    assert seen[f"{name}_bucket", (("le", "0.01"), *a)] == 1
+    assert seen[f"{name}_bucket", (("le", "0.25"), *a)] == 2
+    assert seen[f"{name}_bucket", (("le", "300.0"), *a)] == 2
+    assert seen[f"{name}_bucket", (("le", "+Inf"), *a)] == 3
+    assert seen[f"{name}_count", a] == 3
+    assert seen[f"{name}_sum", a] == 1000.21
+    assert seen["tunesmith_gateway_time_to_first_token_seconds_count", a] == 2
+    assert seen["tunesmith_gateway_time_per_output_token_seconds_count", a] == 1
+    assert seen["tunesmith_gateway_tokens_total", (("kind", "prompt"), *a)] == 7
+    assert seen["tunesmith_gateway_tokens_total", (("kind", "completion"), *a)] == 5
     assert seen["tunesmith_gateway_failed_attempts_total", (("reason", "draining"),)] == 1
     assert seen["tunesmith_gateway_malformed_requests_total", ()] == 1
 

@@ -178,20 +178,20 @@ def test_usage_in_a_stream(events: list[bytes], kept: int, tokens: int, *, hide:
     usage = AnswerUsage(7, hide=hide)
     passed = b"".join(usage.pass_events(event + b"\n\n") for event in events)
     assert passed == b"".join(event + b"\n\n" for event in events[:kept])
-    assert usage.tokens == tokens
+    assert usage.counts.total == tokens
     at_once = AnswerUsage(7, hide=hide)
     assert at_once.pass_events(b"".join(event + b"\n\n" for event in events)) == passed
-    assert at_once.tokens == tokens
+    assert at_once.counts.total == tokens
 
 
 def test_usage_of_a_long_answer() -> None:
     usage = AnswerUsage(7, hide=False)
     for piece in (b"x" * 10_000, b'"choices":[],"usage":{"prompt_tok', b'ens":1,"total_tokens":123456},"x":null}'):
         usage.read_body(piece)
-    assert usage.tokens == 123_456
+    assert usage.counts.total == 123_456
     without = AnswerUsage(7, hide=False)
     without.read_body(b"x" * 400)
-    assert without.tokens == 107
+    assert without.counts.total == 107
 
 
 async def test_a_client_that_leaves_frees_its_sequences(start: Start) -> None:

@@ -36,9 +36,12 @@ def call(
             return Answer(error.code, dict(error.headers), error.read().decode())
 
 
-def open_stream(url: str, method: str, body: Any, token: str | None, timeout: float | None = 120) -> HTTPResponse:
+def open_stream(
+    url: str, method: str, body: Any, token: str | None, timeout: float | None = 120, **more_headers: str
+) -> HTTPResponse:
     """A reply that is read as it arrives. `timeout`: seconds of silence; None: any time."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    headers |= {name.replace("_", "-"): value for name, value in more_headers.items()}
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310 - of this machine
     response: HTTPResponse = urllib.request.urlopen(request, timeout=timeout)  # noqa: S310

@@ -26,16 +26,18 @@ class Server:
         self.base = "base"
         self.seen: list[str | None] = []
         self.models = 0
+        self.traffic: dict[str, Any] = {"changes": 0, "models": {}}
+        self.traffic_seen: list[str | None] = []
 
     async def state(self, request: web.Request) -> web.Response:
         seen = request.query.get("adapters")
         self.seen.append(seen)
+        self.traffic_seen.append(request.query.get("traffic"))
         adapters: dict[str, Any] = {"version": self.version, "slots": 3, "memoryBytes": 10, "reloads": 2}
         if not self.omits and seen != str(self.version):
             adapters |= {"registered": self.registered, "leaving": self.leaving}
-        return web.json_response(
-            {"bootId": self.boot, "draining": False, "inFlight": {}, "totals": {}, "adapters": adapters}
-        )
+        state = {"bootId": self.boot, "draining": False, "inFlight": {}, "totals": {}, "traffic": self.traffic}
+        return web.json_response({**state, "adapters": adapters})
 
     async def list_models(self, _request: web.Request) -> web.Response:
         self.models += 1
@@ -90,3 +92,23 @@ async def test_adapters_that_are_not_listed_are_unknown(server: tuple[Server, En
     engine.omits = True
     with pytest.raises(EngineDownError, match="does not list its adapters"):
         await client.observe()
+
+
+def counts(requests: int, start: str = "aa") -> dict[str, Any]:
+    return {"start": start, "served": {"requests": requests, "errors": 0, "firstToken": {"3": requests}}}
+
+
+async def test_traffic_is_read_as_changes(server: tuple[Server, EngineClient]) -> None:
+    engine, client = server
+    engine.registered = {"a": "/adapters/a", "b": "/adapters/b"}
+    engine.traffic = {"changes": 5, "models": {"a": counts(1), "b": counts(2), "unknown": counts(9)}}
+    first = (await client.observe()).traffic
+    assert {name: found.served.requests for name, found in first.items()} == {"a": 1, "b": 2}
+    assert first["b"].served.first_token == {3: 2}
+    engine.traffic = {"changes": 6, "models": {"b": counts(7)}}
+    second = (await client.observe()).traffic
+    assert {name: found.served.requests for name, found in second.items()} == {"a": 1, "b": 7}
+    engine.boot, engine.version = "two", 1
+    engine.traffic = {"changes": 1, "models": {"b": counts(1, "bb")}}
+    assert {name: found.start for name, found in (await client.observe()).traffic.items()} == {"b": "bb"}
+    assert engine.traffic_seen == [None, "5", "6"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tunesmith.contracts.agent import pod_tokens
+from tunesmith.contracts.traffic import BOUNDS_SECONDS, SHADOW_HEADER, Traffic, TrafficCounts
 from tunesmith_server import middleware
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Engine:
     def __init__(self, status: int = 200) -> None:
         self.status = status
         self.cut_off = False
+        self.breaks = False
         self.bodies: list[bytes] = []
         self.closed: list[str] = []
         self.go = asyncio.Event()
@@ -64,6 +66,8 @@ class Engine:
         await self.go.wait()
         for piece in self.reply[1:]:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if self.breaks:
+            raise RuntimeError("the engine has an error")
         if not self.cut_off:
             await send({"type": "http.response.body", "body": b""})
         self.closed.append((await receive())["type"])
@@ -420,7 +424,8 @@ class LoraEngine(Engine):
         self.freed = asyncio.Event()
         config = SimpleNamespace(max_loras=2, lora_dtype=None)
         self.vllm_config = SimpleNamespace(lora_config=config, model_config=SimpleNamespace(dtype="torch.float32"))
-        models = SimpleNamespace(lora_requests={"m": SimpleNamespace(lora_int_id=7, lora_path="/adapters/m")})
+        self.models = {"m": SimpleNamespace(lora_int_id=7, lora_path="/adapters/m")}
+        models = SimpleNamespace(lora_requests=self.models)
         self._state = SimpleNamespace(openai_serving_models=models, engine_client=self)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -524,3 +529,110 @@ async def test_the_base_model_answers_under_further_names(module: ModuleType) ->
     assert (await state(app))["totals"][alias]["requests"] == 2
     answer = await Exchange(app, CHAT, {**HELLO, "model": "pool/base", "stream": True}, **scope).run()
     assert b'"model": "pool/base"' in answer.body
+
+
+async def traffic(app: Any, query: bytes = b"") -> Any:
+    request = Exchange(app, "/tunesmith/state", method="GET", token=ADMIN, query_string=query)
+    return json.loads((await request.run()).body)["traffic"]
+
+
+SHADOW = {"headers": [(b"authorization", f"Bearer {POOL}".encode()), (SHADOW_HEADER.encode(), b"true")]}
+
+
+def test_the_buckets_are_those_of_the_contract(module: ModuleType) -> None:
+    assert module.tunesmith_traffic.BOUNDS_SECONDS == BOUNDS_SECONDS
+    assert SHADOW_HEADER.encode() == module.tunesmith_traffic.SHADOW_HEADER
+
+
+async def test_traffic_is_counted_by_adapter_with_its_latencies(module: ModuleType) -> None:
+    engine = LoraEngine()
+    app = engine.application(module)
+    await load(app)
+    await Exchange(app, CHAT, HELLO).run()
+    engine.reply = [b"", event("a", 0, USAGE % (5, 1)), event("b", 0, USAGE % (5, 2)), b"data: [DONE]\n\n"]
+    await Exchange(app, CHAT, HELLO | {"stream": True}).run()
+    await Exchange(app, CHAT, HELLO | {"model": "base", "stream": True}).run()
+    found = await traffic(app)
+    assert found["models"].keys() == {"m"}
+    counts = Traffic.model_validate_json(json.dumps(found["models"]["m"]))
+    assert (counts.served.requests, counts.served.errors) == (2, 0)
+    assert sum(counts.served.first_token.values()) == sum(counts.served.per_output_token.values()) == 1
+    assert counts.shadow == TrafficCounts()
+    assert (await state(app))["bootId"].startswith(counts.start)
+
+
+async def test_a_reader_gets_only_the_traffic_that_changed(module: ModuleType) -> None:
+    app = LoraEngine().application(module)
+    await load(app)
+    await Exchange(app, CHAT, HELLO).run()
+    first = await traffic(app)
+    unchanged = await traffic(app, b"adapters=1&traffic=%d" % first["changes"])
+    assert (unchanged["models"], unchanged["changes"]) == ({}, first["changes"])
+    await Exchange(app, CHAT, HELLO).run()
+    assert (await traffic(app, b"traffic=%d" % first["changes"]))["models"]["m"]["served"]["requests"] == 2
+    assert (await traffic(app, b"traffic=3"))["models"].keys() == {"m"}  # the number of another process
+
+
+@pytest.mark.parametrize(
+    ("status", "reply", "stream", "expected"),
+    [
+        (500, [b"", b'{"error": {}}'], False, (1, 1)),
+        (400, [b"", b'{"error": {}}'], False, (0, 0)),
+        (404, [b"", b'{"error": {}}'], True, (0, 0)),
+        (200, [b"", event("a"), b'data: {"error": {"code": 500}}\n\n', b"data: [DONE]\n\n"], True, (1, 1)),
+    ],
+    ids=["5xx", "4xx", "404", "an error in the stream"],
+)
+async def test_errors_are_counted_and_refusals_are_not(
+    module: ModuleType,
+    status: int,
+    reply: list[bytes],
+    stream: bool,  # noqa: FBT001
+    expected: tuple[int, int],
+) -> None:
+    engine = LoraEngine()
+    app = engine.application(module)
+    await load(app)
+    engine.status, engine.reply = status, reply
+    await Exchange(app, CHAT, HELLO | {"stream": stream}).run()
+    models = (await traffic(app))["models"]
+    counts = models["m"]["served"] if models else {"requests": 0, "errors": 0}
+    assert (counts["requests"], counts["errors"]) == expected
+
+
+async def test_a_stream_that_breaks_is_an_error_unless_its_client_left(module: ModuleType) -> None:
+    engine = LoraEngine()
+    app = engine.application(module)
+    await load(app)
+    engine.cut_off = True  # the engine sees that the client left
+    await Exchange(app, CHAT, HELLO | {"stream": True}).run()
+    assert (await traffic(app))["models"]["m"]["served"]["errors"] == 0
+    engine.breaks = True
+    with pytest.raises(RuntimeError):
+        await Exchange(app, CHAT, HELLO | {"stream": True}).run()
+    counts = (await traffic(app))["models"]["m"]["served"]
+    assert (counts["requests"], counts["errors"]) == (2, 1)
+
+
+async def test_a_mirrored_request_is_counted_apart_and_never_waits_for_a_slot(module: ModuleType) -> None:
+    engine = LoraEngine()
+    app = engine.application(module)
+    await load(app)
+    assert (await Exchange(app, CHAT, HELLO, **SHADOW).run()).status == 200
+    counts = (await traffic(app))["models"]["m"]
+    assert (counts["served"]["requests"], counts["shadow"]["requests"]) == (0, 1)
+    for number, name in enumerate(("second", "third"), 8):
+        engine.models[name] = SimpleNamespace(lora_int_id=number, lora_path=f"/adapters/{name}")
+        body = {"lora_name": name, "lora_path": f"/adapters/{name}"}
+        assert (await Exchange(app, "/v1/load_lora_adapter", body, token=ADMIN).run()).status == 200
+    engine.go.clear()
+    running = []
+    for name in ("m", "second"):  # as many as there are slots
+        request = Exchange(app, CHAT, HELLO | {"model": name})
+        running.append(asyncio.create_task(request.run()))
+        await request.answering.wait()
+    assert (await Exchange(app, CHAT, HELLO | {"model": "third"}, **SHADOW).run()).code == "not_started"
+    engine.go.set()
+    await asyncio.gather(*running)
+    assert (await Exchange(app, CHAT, HELLO | {"model": "third"}, **SHADOW).run()).status == 200
+    assert (await traffic(app))["models"]["third"]["shadow"] == {**counts["shadow"], "requests": 1}

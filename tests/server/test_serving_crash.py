@@ -124,36 +124,40 @@ class CrashingPod:
         self.agent.kill()
 
 
-class GatewayProcess:
-    """A gateway that knows both pods."""
+def served_adapter(name: str, *entries: dict[str, str], **shares: Any) -> dict[str, Any]:
+    """An AdapterDeployment with entries of the desired list as its revisions, the newest one first."""
+    adapter = adapter_manifest(name, pool=("team", "pool"), digests=("a",) * len(entries), **shares)
+    for revision, entry in zip(adapter["status"]["revisions"], entries, strict=True):
+        revision |= {"digest": entry["digest"], "engineName": entry["engineName"]}
+    return adapter
 
-    def __init__(self, folder: Path, key: str, pods: list[CrashingPod], entries: dict[str, dict[str, str]]) -> None:
+
+class GatewayProcess:
+    """A gateway that knows the pods and adapters."""
+
+    def __init__(self, folder: Path, key: str, pods: list[CrashingPod], adapters: list[dict[str, Any]]) -> None:
         folder.mkdir()
         (folder / "key").write_bytes(keys_file(GATEWAY_KEYS))
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        port, internal_port = free_port(), free_port()
+        self.url, self.internal_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{internal_port}"
         ports = {pod.uid: (pod.pod.engine_port, pod.pod.agent_port) for pod in pods}
         command = [
             *(str(REPOSITORY / ".venv/bin/python"), "-m", "tests.gateway.local_pods_gateway", json.dumps(ports)),
             *(f"--namespace={OWN_NAMESPACE}", f"--gateway-key-file={folder / 'key'}", f"--port={port}"),
-            *(f"--internal-port={free_port()}", "--linger-seconds=0", "--drain-seconds=1"),
+            *(f"--internal-port={internal_port}", "--linger-seconds=0", "--drain-seconds=1"),
         ]
         self.log = folder / "gateway.log"
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
-            )
-        adapters = []
-        for name, entry in entries.items():
-            adapter = adapter_manifest(name, pool=("team", "pool"))
-            revision = {"digest": entry["digest"], "engineName": entry["engineName"], "state": "Resident"}
-            adapters.append(adapter | {"status": {**adapter["status"], "revisions": [revision]}})
+            self._process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=log, stderr=log)
         record = key_record("default", OWN_NAMESPACE, key, home="team", namespaces=["team"], models=["*"])
+        self.put(POOL, *(pod.manifest for pod in pods), *adapters, record)
+        wait_until(lambda: listens(port), f"the gateway listens; see {self.log}", 120)
+
+    def put(self, *documents: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        for document in (POOL, *(pod.manifest for pod in pods), *adapters, record):
+        for document in documents:
             self._process.stdin.write(json.dumps(document).encode() + b"\n")
         self._process.stdin.flush()
-        wait_until(lambda: listens(port), f"the gateway listens; see {self.log}", 120)
 
     def stop(self) -> None:
         assert self._process.stdin is not None
@@ -232,7 +236,8 @@ def stage(tmp_path: Path, base: Path, fingerprint: str, store: S3Server) -> Iter
             pod.start()
         for pod in pods:
             pod.wait_serving(0)
-        gateways += [GatewayProcess(tmp_path / f"gateway-{number}", key, pods, entries) for number in range(2)]
+        adapters = [served_adapter(name, entry) for name, entry in entries.items()]
+        gateways += [GatewayProcess(tmp_path / f"gateway-{number}", key, pods, adapters) for number in range(2)]
         running = Stage(pods, gateways, key)
         for number in range(2):
             wait_until(lambda n=number: running.complete("Hello", n).is_answered, "the gateway serves", 120)

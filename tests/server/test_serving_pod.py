@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ from tests.server.server_rig import (
     make_adapter,
     wait_until,
 )
-from tunesmith.contracts.agent import PodState, Residency, ResidencyState
+from tunesmith.contracts.agent import EVENTS_WITH_TRAFFIC, PodState, Residency, ResidencyState
 from tunesmith.contracts.podevents import EventReader
+from tunesmith.contracts.traffic import Traffic, served_between, shadow_between
 from tunesmith_server import middleware
 
 if TYPE_CHECKING:
@@ -281,6 +283,53 @@ def test_streams_pass_through_and_are_counted(pod: ServingPod) -> None:
     assert after["requests"] - before["requests"] == 1
     assert after["completionTokens"] - before["completionTokens"] == 40
     assert after["promptTokens"] > before["promptTokens"]
+
+
+@pytest.mark.usefixtures("served")
+def test_the_traffic_of_an_adapter_reaches_a_reader_of_the_events(pod: ServingPod) -> None:
+    model = pod.entries["poet"]["engineName"]
+    url = f"{pod.pod.engine_url}/v1/completions"
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 20, "temperature": 0, "ignore_eos": True, "stream": True}
+    before = served_between(
+        None, Traffic.model_validate_json(json.dumps(pod.engine_state()["traffic"]["models"][model]))
+    )
+    started = time.monotonic()
+    with open_stream(url, "POST", body, SERVING_TOKEN) as stream:
+        stream.readline()
+        first = time.monotonic() - started
+        stream.read()
+        whole = time.monotonic() - started
+    with open_stream(url, "POST", body, SERVING_TOKEN, x_tunesmith_shadow="true") as stream:
+        stream.read()
+    assert call(url, "POST", {**body, "max_tokens": -1}).status == 400
+    reader = EventReader()
+    with open_stream(f"{pod.pod.agent_url}{EVENTS_WITH_TRAFFIC}", "GET", None, EVENTS_TOKEN) as events:
+
+        def traffic() -> Traffic | None:
+            line = events.readline()
+            assert len(line) < 10_000
+            reader.read(line)
+            return reader.state.traffic.get(model)
+
+        def both() -> Traffic | None:
+            found = traffic()
+            counted = found is not None and found.shadow.requests and found.served.requests > before.requests
+            return found if counted else None
+
+        found = wait_until(both, "both requests are reported", 120)
+    assert found is not None
+    period = served_between(None, found)
+    assert (period.requests, period.errors, sum(period.first_token.values())) == (before.requests + 1, 0, 1)
+    # The client's view includes the connection, and reading.
+    assert 0 < (period.first_token_p95 or 0) <= 1.15 * first
+    assert 0 < (period.per_output_token_p95 or 0) <= 1.15 * whole / 19
+    assert sum(shadow_between(None, found).first_token.values()) == 1
+    assert b"raffic" not in call_line(f"{pod.pod.agent_url}/v1/events")
+
+
+def call_line(url: str) -> bytes:
+    with open_stream(url, "GET", None, EVENTS_TOKEN) as events:
+        return events.readline()
 
 
 MESSAGES = [{"role": "user", "content": "Name a colour."}]

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tunesmith.gateway.comparison import AnswerFacts
 from tunesmith.gateway.demand import Demand
 from tunesmith.gateway.metrics import Metrics
+from tunesmith.gateway.usage import TokenCounts
 
 PROGRAM = Path(__file__).resolve().parents[2] / "docs/metrics.py"
 
@@ -40,9 +42,15 @@ def test_counters_and_histograms_follow_prometheus_naming(components: dict[str, 
 
 
 def test_the_page_lists_what_the_gateway_exposes(components: dict[str, list[Any]]) -> None:
-    metrics = Metrics(Demand(), lambda _: True)
+    demand = Demand()
+    demand.add_running("team/a", "team/a@1", 1)
+    demand.add_waiting("team/a", 1)
+    facts = AnswerFacts(tokens=5, is_refusal=False, logprob=-0.5)
+    demand.comparisons.add("team/a@2", facts, facts)
+    metrics = Metrics(demand, lambda _: True)
     metrics.finished("team/a", 200, 0.1)
-    metrics.first_byte("team/a", 0.1)
+    metrics.streamed("team/a@1", 0.1, 0.01)
+    metrics.generated("team/a@1", TokenCounts(1, 1, 2))
     metrics.not_started("draining")
     exposed = {
         family.name + ("_total" if family.type == "counter" else ""): {

@@ -6,12 +6,14 @@ import contextlib
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
+
+from tunesmith.contracts.traffic import Traffic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,6 +93,18 @@ class EngineAdapters(BaseModel):
     leaving: list[str] | None = None
 
 
+class EngineTraffic(BaseModel):
+    """Part of the middleware's state about traffic.
+
+    Attributes:
+        changes: number of the latest change.
+        models: traffic of the models whose traffic changed since the number that the agent has.
+    """
+
+    changes: int = 0
+    models: dict[str, Traffic] = Field(default_factory=dict)
+
+
 class EngineState(BaseModel):
     """Response of the middleware's `GET /tunesmith/state`.
 
@@ -109,6 +123,7 @@ class EngineState(BaseModel):
     totals: dict[str, ModelTotals]
     can_constrain: bool = True
     adapters: EngineAdapters = Field(default_factory=EngineAdapters)
+    traffic: EngineTraffic = Field(default_factory=EngineTraffic)
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,7 @@ class EngineSnapshot:
         state: state of the middleware.
         resident: path of every loaded adapter, by name.
         leaving: paths of unloaded adapters that the engine may still read.
+        traffic: traffic by model since the start of the engine's process.
         base: name of the base model.
         length: longest request, in tokens.
     """
@@ -128,6 +144,7 @@ class EngineSnapshot:
     base: str = ""
     length: int = 2048
     leaving: frozenset[str] = frozenset()
+    traffic: dict[str, Traffic] = field(default_factory=dict)
 
 
 class EngineClient:
@@ -155,9 +172,10 @@ class EngineClient:
         if status != 200:  # noqa: PLR2004 - HTTP
             raise EngineDownError(f"the engine's health check answers {status}")
         last = self._last
-        seen = "" if last is None else f"?adapters={last.state.adapters.version}"
+        known = last.state if last is not None else None
+        seen = "" if known is None else f"?adapters={known.adapters.version}&traffic={known.traffic.changes}"
         try:
-            state = EngineState.model_validate(await self._call_json("GET", f"/tunesmith/state{seen}"))
+            state = EngineState.model_validate_json(await self._call_text("GET", f"/tunesmith/state{seen}"))
             if last is None or last.state.boot_id != state.boot_id:
                 base, length = await self._base()
             else:
@@ -170,7 +188,11 @@ class EngineClient:
             resident, leaving = last.resident, last.leaving
         else:
             raise EngineDownError("the engine's answer does not list its adapters")
-        self._last = EngineSnapshot(state, resident, base, length, leaving)
+        traffic = last.traffic if last is not None and last.state.boot_id == state.boot_id else {}
+        if state.traffic.models:
+            names = resident.keys() | set(state.adapters.base_names)
+            traffic = {name: counts for name, counts in (traffic | state.traffic.models).items() if name in names}
+        self._last = EngineSnapshot(state, resident, base, length, leaving, traffic)
         return self._last
 
     async def _base(self) -> tuple[str, int]:
@@ -269,10 +291,14 @@ class EngineClient:
         """
         await self._call("POST", "/tunesmith/restart", POLL_SECONDS, {"reason": reason, "hung": hung})
 
-    async def _call_json(self, method: str, path: str) -> Any:  # noqa: ANN401 - JSON
+    async def _call_text(self, method: str, path: str) -> str:
         status, text = await self._call(method, path, POLL_SECONDS)
         if status != 200:  # noqa: PLR2004 - HTTP
             raise EngineDownError(f"the engine answers {status} to {method} {path}: {text}")
+        return text
+
+    async def _call_json(self, method: str, path: str) -> Any:  # noqa: ANN401 - JSON
+        text = await self._call_text(method, path)
         try:
             return json.loads(text)
         except ValueError as error:

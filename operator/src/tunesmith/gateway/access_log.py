@@ -27,7 +27,7 @@ class AccessRecord:
         sequences: number of sequences, choices × prompts.
         seconds: from the request's arrival to the end of its answer.
         first_byte_seconds: from the request's arrival to the first byte of a pod's answer; None: there was none.
-        tokens: tokens of prompts and answer, if the API key has a limit of tokens.
+        tokens: tokens of prompts and answer, if a pod answered; of an answer that was cut off, an estimate.
     """
 
     time: datetime

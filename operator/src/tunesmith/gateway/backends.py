@@ -49,6 +49,7 @@ class Backend:
         self._reported: set[str] = set()
         self._ended: set[str] = set()
         self._slots: int | None = None
+        self._waiting_adapters = 0
         self.suspect_until = 0.0
         self.last_report_at = float("-inf")
         self.serving = False
@@ -91,6 +92,7 @@ class Backend:
         changed = now - self.last_report_at > STALE_AFTER_SECONDS or serving != self.serving
         self.last_report_at, self.serving = now, serving
         if change.header:
+            self._waiting_adapters = header.use.waiting
             self._slots, self._reported = header.use.slots, set(header.use.active) - self._ended
             self._ended.clear()
         moved = set()
@@ -111,6 +113,10 @@ class Backend:
     def usable(self, now: float) -> bool:
         """Return True if the pod can receive requests; reports that are too old do not count."""
         return self.pod.ready and self.serving and now - self.last_report_at <= STALE_AFTER_SECONDS
+
+    def is_crowded(self, now: float) -> bool:
+        """Return True if requests wait for an adapter slot of the pod, or if it receives no requests."""
+        return self._waiting_adapters > 0 or not self.usable(now)
 
 
 class BackendTable:

@@ -35,6 +35,9 @@ class Model:
         open_to: for a base, the namespaces that its pool admits; None: only the model's own namespace.
         created: Unix time in seconds.
         not_ready: reason why it cannot be called yet; None if a pod holds it or will soon.
+        weights: share of the requests, in percent, of each engine name during a rollout; empty: the newest one that a
+            pod holds answers all.
+        shadow: engine name of the revision that also answers a share of the requests, and this share in percent.
         deployed: False for a revision that the AdapterDeployment does not list, or no longer lists.
     """
 
@@ -47,6 +50,8 @@ class Model:
     created: int
     not_ready: str | None = None
     is_whole: bool = False
+    weights: tuple[int, ...] = ()
+    shadow: tuple[str, int] | None = None
     deployed: bool = True
 
     @property
@@ -223,9 +228,11 @@ class Catalog:
         """Return the time for which a request may wait for a pod of a pool; None if it is not known."""
         return self._hold_seconds.get(key)
 
-    def exists(self, model_id: str) -> bool:
-        """Return True if there is a model with this global id."""
-        return model_id in self._models
+    def exists(self, name: str) -> bool:
+        """Return True if there is a model with this global id, or one with this engine name of a revision."""
+        model_id, at, _ = name.partition("@")
+        model = self._models.get(model_id)
+        return model is not None and (not at or name in model.engine_names)
 
     def visible(self, key: ApiKey) -> list[Model]:
         """Return the models that the key may call, sorted by id."""
@@ -361,4 +368,6 @@ def _adapter_model(adapter: AdapterDeployment) -> Model:
         created=int(created.timestamp()) if created else 0,
         not_ready=not_ready,
         is_whole=bool(revisions and revisions[0].base_model),
+        weights=tuple(revision.weight or 0 for revision in revisions) if any(r.weight for r in revisions) else (),
+        shadow=next(((r.engine_name, r.shadow_percent) for r in revisions if r.shadow_percent), None),
     )

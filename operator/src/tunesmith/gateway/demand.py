@@ -6,8 +6,9 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from tunesmith.contracts.agent import HEARTBEAT_SECONDS, AdapterDemand, GatewayDemand
+from tunesmith.contracts.agent import HEARTBEAT_SECONDS, TRAFFIC_SECONDS, AdapterDemand, GatewayDemand
 from tunesmith.gateway.broadcast import Broadcast, wait_for_event
+from tunesmith.gateway.comparison import Comparisons
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -21,12 +22,17 @@ class Demand:
 
     def __init__(self) -> None:
         self.running: Counter[str] = Counter()
+        self.running_by_revision: Counter[str] = Counter()
+        """Those of forwarded requests, by engine name."""
         self.waiting: Counter[str] = Counter()
+        self.comparisons = Comparisons()
+        """Comparisons of shadows."""
         self._changed = Broadcast()
 
-    def add_running(self, model: str, count: int) -> None:
+    def add_running(self, model: str, engine_name: str, count: int) -> None:
         """Change the number of sequences of forwarded requests."""
         self._add(self.running, model, count)
+        self._add(self.running_by_revision, engine_name, count)
 
     def add_waiting(self, model: str, count: int) -> None:
         """Change the number of sequences of held requests."""
@@ -49,9 +55,18 @@ class Demand:
         )
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """Yield NDJSON lines: immediately, on each change, and at least once per heartbeat."""
+        """Yield NDJSON lines: immediately, on each change, and at least once per heartbeat.
+
+        Comparisons are in the first line, and later if they have changed, at most every `TRAFFIC_SECONDS`.
+        """
+        loop = asyncio.get_running_loop()
+        seen, due = 0, loop.time()
         while True:
             changed = self._changed.next()
-            yield self.snapshot().model_dump_json(by_alias=True).encode() + b"\n"
+            line = self.snapshot()
+            if loop.time() >= due:
+                seen, line.comparisons = self.comparisons.since(seen)
+                due = loop.time() + TRAFFIC_SECONDS
+            yield line.model_dump_json(by_alias=True).encode() + b"\n"
             await asyncio.sleep(MIN_INTERVAL_SECONDS)
             await wait_for_event(changed, HEARTBEAT_SECONDS - MIN_INTERVAL_SECONDS)

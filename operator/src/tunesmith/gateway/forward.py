@@ -88,7 +88,7 @@ class Forwarder:
         call.started = True
         call.engine_name, call.pod = engine_name, backend.pod.name
         backend.add_running(engine_name, call.body.sequences)
-        self._demand.add_running(call.model.id, call.body.sequences)
+        self._demand.add_running(call.model.id, engine_name, call.body.sequences)
         upstream: aiohttp.ClientResponse | None = None
         try:
             token = backend.serving_tokens.current
@@ -114,7 +114,7 @@ class Forwarder:
             raise errors.wrong_model(call.model.id) from None
         finally:
             backend.add_running(engine_name, -call.body.sequences)
-            self._demand.add_running(call.model.id, -call.body.sequences)
+            self._demand.add_running(call.model.id, engine_name, -call.body.sequences)
             if upstream is not None:
                 # Closing the connection before the end of the answer stops the engine's generation.
                 upstream.close()
@@ -173,7 +173,6 @@ class Forwarder:
 
     def _record_first_byte(self, call: Call) -> None:
         call.first_byte_seconds = self._clock() - call.arrived
-        self._metrics.first_byte(call.model.id, call.first_byte_seconds)
 
     async def _engine_error(self, call: Call, upstream: aiohttp.ClientResponse) -> errors.ApiError:
         """Return the engine's error for the client."""
@@ -214,8 +213,7 @@ class Forwarder:
         if call.api.names_model and not events.names_model(start, engine_name, complete=small):
             raise events.WrongModelError
         call.begin_answer()
-        if call.usage is not None:
-            call.usage.read_body(start)
+        call.read_body(start)
         self._record_first_byte(call)
         headers = {"Content-Type": _JSON, "X-Request-Id": call.request_id}
         if small:
@@ -232,8 +230,7 @@ class Forwarder:
             while piece:
                 await write(call.request, response, piece, call.share, self._limits)
                 piece = await self._read(call, upstream)
-                if call.usage is not None:
-                    call.usage.read_body(piece)
+                call.read_body(piece)
             await finish(call.request, response, self._limits)
         except BaseException:
             # The status is sent and JSON cannot carry an error: an aborted connection shows an incomplete answer.
@@ -254,15 +251,35 @@ class Forwarder:
             ready = stream.feed(chunk)
             if first and stream.named:
                 call.begin_answer()
-            if call.usage is not None:
-                ready = call.usage.pass_events(ready)
-            await reply.write(ready)
+            await reply.write(self._pass_events(call, ready))
             reply.between_events = stream.between_events
             if first and stream.named:
                 first = False
                 self._record_first_byte(call)
-        await reply.write(stream.end())
-        return await reply.finish()
+        await reply.write(self._pass_events(call, stream.end()))
+        response = await reply.finish()
+        self._record_stream(call, engine_name)
+        return response
+
+    def _pass_events(self, call: Call, ready: bytes) -> bytes:
+        """Read events of a stream, and return those for the client."""
+        if call.mirror is not None:
+            call.mirror.read(ready)
+        # The first events of some APIs do not wait for a token.
+        if call.first_token_seconds is None and ready and (not call.api.envelope or b"delta" in ready):
+            call.first_token_seconds = self._clock() - call.arrived
+        return call.usage.pass_events(ready)
+
+    def _record_stream(self, call: Call, engine_name: str) -> None:
+        """Record the latencies of a complete stream."""
+        if call.first_token_seconds is None:
+            return
+        per_token, tokens = None, call.usage.counts.completion
+        if tokens > call.body.sequences:
+            seconds = self._clock() - call.arrived - call.first_token_seconds
+            # All sequences are generated at once.
+            per_token = seconds / (tokens / call.body.sequences - 1)
+        self._metrics.streamed(engine_name, call.first_token_seconds, per_token)
 
     async def _next_chunk(self, call: Call, reply: EventReply, upstream: aiohttp.ClientResponse) -> bytes:
         """Return the next bytes of a stream, empty at its end, and send comments to the client meanwhile."""

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from tunesmith.gateway import errors
 from tunesmith.gateway.broadcast import wait_for_event
+from tunesmith.gateway.split import Points, in_order, session_point
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tunesmith.gateway.backends import Backend, BackendTable
     from tunesmith.gateway.catalog import Catalog
@@ -39,10 +40,14 @@ class RequestHold:
         self._demand = demand
         self._limits = limits
         self._clock = clock
+        self._points = Points(catalog.exists)
         self._waiting = 0
 
     async def wait_for_pod(self, call: Call, refused: set[str]) -> tuple[Backend, str]:
-        """Return a pod for the newest revision that any usable pod holds, and the revision's name in the engine.
+        """Return a pod for a revision, and the revision's name in the engine.
+
+        During a rollout, the revision is chosen by its weight, and another one with a weight answers while no usable
+        pod holds the chosen one. Otherwise it is the newest one that any usable pod holds.
 
         Args:
             call: its model is resolved again while it waits, since revisions change.
@@ -87,7 +92,7 @@ class RequestHold:
         if model.pool is None:
             return None
         found: list[tuple[Backend, str]] = []
-        for engine_name in model.engine_names:
+        for engine_name in self._in_order(call):
             backend = self._backends.pick(
                 model.pool,
                 engine_name,
@@ -96,12 +101,22 @@ class RequestHold:
                 excluded=refused | {call.lost_on},
                 weight=call.body.sequences,
             )
-            if backend is not None and not model.is_whole:
+            if backend is not None and (model.weights or not model.is_whole):
                 return backend, engine_name
             if backend is not None:
                 found.append((backend, engine_name))
         # While the pods of a whole model are replaced, the first new one must not get all requests.
         return min(found, key=lambda entry: entry[0].in_flight, default=None)
+
+    def _in_order(self, call: Call) -> Sequence[str]:
+        """Return the revisions that may answer a call, the preferred one first."""
+        model = call.model
+        if not model.weights:
+            return model.engine_names
+        if call.point is None:
+            session = call.session()
+            call.point = session_point(session, model.engine_names[0]) if session else self._points.next(model.id)
+        return in_order(model.engine_names, model.weights, call.point)
 
     async def _wait(self, call: Call, changed: asyncio.Event, seconds: float) -> None:
         """Hold a call until a change or for at most `seconds`.

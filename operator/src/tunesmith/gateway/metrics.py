@@ -7,6 +7,7 @@ blocks the event loop meanwhile. The exposition is rendered in pieces that take 
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -19,77 +20,133 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from tunesmith.gateway.demand import Demand
+    from tunesmith.gateway.usage import TokenCounts
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_BOUNDS = (*map(str, _SECONDS), "+Inf")
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _MODELS_PER_PIECE = 25
 _PRUNE_INTERVAL = 256
 """Series of deleted models are removed at each exposition, and each time this many series have been added."""
 
 
+_REVISION = ["model", "revision"]
 RUNNING = GaugeMetricFamily(
-    "tunesmith_gateway_sequences_running", "Sequences that pods are generating.", labels=["model"]
+    "tunesmith_gateway_sequences_running",
+    "Sequences that pods are generating, by model and revision.",
+    labels=_REVISION,
 )
 WAITING = GaugeMetricFamily("tunesmith_gateway_sequences_waiting", "Sequences that wait for a pod.", labels=["model"])
 REQUESTS = CounterMetricFamily(
     "tunesmith_gateway_requests",
-    "Requests that finished, by model and HTTP status (499: the client closed its connection).",
-    labels=["code", "model"],
+    "Requests that finished, by model, revision and HTTP status (499: the client closed its connection; 5xx: also "
+    "streams that broke). The revision is empty for base models and for requests that no pod got.",
+    labels=["code", *_REVISION],
 )
 DURATION = HistogramMetricFamily(
     "tunesmith_gateway_request_duration_seconds",
     "Time from a request's arrival to the end of its answer.",
-    labels=["model"],
+    labels=_REVISION,
 )
-FIRST_BYTE = HistogramMetricFamily(
-    "tunesmith_gateway_time_to_first_byte_seconds",
-    "Time from a request's arrival to the first byte of its answer.",
-    labels=["model"],
+FIRST_TOKEN = HistogramMetricFamily(
+    "tunesmith_gateway_time_to_first_token_seconds",
+    "Time from the arrival of a request for a stream to the first event of its answer. Only complete streams count.",
+    labels=_REVISION,
 )
-BY_MODEL = (RUNNING, WAITING, REQUESTS, DURATION, FIRST_BYTE)
+PER_OUTPUT_TOKEN = HistogramMetricFamily(
+    "tunesmith_gateway_time_per_output_token_seconds",
+    "Time per token of a sequence after the first one, in complete streams; each answer counts once, with its mean.",
+    labels=_REVISION,
+)
+TOKENS = CounterMetricFamily(
+    "tunesmith_gateway_tokens",
+    "Tokens of requests that pods answered, by kind: prompt or completion. Of an answer that was cut off, an estimate.",
+    labels=["kind", *_REVISION],
+)
+SHADOW_REQUESTS = CounterMetricFamily(
+    "tunesmith_gateway_shadow_requests",
+    "Requests in the share of a shadow, by result: compared, failed (the shadow answered with an error) or dropped "
+    "(not mirrored, or cancelled).",
+    labels=[*_REVISION, "result"],
+)
+SHADOW_TOKENS = CounterMetricFamily(
+    "tunesmith_gateway_shadow_tokens",
+    "Tokens of compared answers: those that clients got (served) and those of the shadow.",
+    labels=["answer", *_REVISION],
+)
+SHADOW_REFUSALS = CounterMetricFamily(
+    "tunesmith_gateway_shadow_refusals", "Compared answers that count as refusals.", labels=["answer", *_REVISION]
+)
+SHADOW_LOGPROB_ANSWERS = CounterMetricFamily(
+    "tunesmith_gateway_shadow_logprob_answers", "Compared answers with log-probabilities.", labels=_REVISION
+)
+SHADOW_LOGPROB = CounterMetricFamily(
+    "tunesmith_gateway_shadow_negative_logprob_nats",
+    "Sum over these answers of the negative mean log-probability of their tokens.",
+    labels=["answer", *_REVISION],
+)
+BY_MODEL = (
+    RUNNING,
+    WAITING,
+    REQUESTS,
+    DURATION,
+    FIRST_TOKEN,
+    PER_OUTPUT_TOKEN,
+    TOKENS,
+    SHADOW_REQUESTS,
+    SHADOW_TOKENS,
+    SHADOW_REFUSALS,
+    SHADOW_LOGPROB_ANSWERS,
+    SHADOW_LOGPROB,
+)
 
 
 class _Histogram:
     """Histogram of durations in seconds."""
 
-    __slots__ = ("counts", "total")
+    __slots__ = ("bounds", "counts", "total")
 
-    def __init__(self) -> None:
-        self.counts = [0] * len(_BOUNDS)
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
     def observe(self, seconds: float) -> None:
-        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
     def lines(self, name: str, label: str) -> Iterator[str]:
-        """Yield the lines of the exposition; `label` names the model."""
+        """Yield the lines of the exposition; `label` names the model and the revision."""
         if not any(self.counts):
             return
         below = 0
-        for bound, below in zip(_BOUNDS, accumulate(self.counts), strict=True):
+        for bound, below in zip((*map(str, self.bounds), "+Inf"), accumulate(self.counts), strict=True):
             yield f'{name}_bucket{{le="{bound}",{label}}} {below}.0\n'
         yield f"{name}_count{{{label}}} {below}.0\n{name}_sum{{{label}}} {self.total!r}\n"
 
 
 class _Series:
-    """Counts and histograms of one model."""
+    """Counts and histograms of one revision, or of requests for a model that were sent to none."""
 
-    __slots__ = ("codes", "first_byte", "label", "seconds")
+    __slots__ = ("codes", "completion", "first_token", "label", "per_token", "prompt", "seconds")
 
-    def __init__(self, model: str) -> None:
-        self.label = _label(model)
+    def __init__(self, name: str) -> None:
+        self.label = _revision_label(name)
         self.codes: dict[int, int] = {}
-        self.seconds = _Histogram()
-        self.first_byte = _Histogram()
+        self.seconds = _Histogram(_SECONDS)
+        self.first_token = _Histogram(_SECONDS)
+        self.per_token = _Histogram(_TOKEN_SECONDS)
+        self.prompt = self.completion = 0
 
 
 class Metrics:
-    """Counters and histograms by model; the label is empty for requests that name no known model.
+    """Counters and histograms by engine name of a revision, by model, or of the empty name.
+
+    Requests that were sent to no pod count under their model, and under the empty name if they name no known model.
 
     Args:
         demand: running and waiting sequences.
-        exists: returns True if there is a model with this id; series of others are removed.
+        exists: returns True if there is a model with this id, or a revision with this engine name; series of others are
+            removed.
     """
 
     def __init__(self, demand: Demand, exists: Callable[[str], bool]) -> None:
@@ -111,15 +168,24 @@ class Metrics:
         """Count a request that is not HTTP."""
         self._malformed.inc()
 
-    def finished(self, model: str, code: int, seconds: float) -> None:
+    def finished(self, name: str, code: int, seconds: float) -> None:
         """Count a request that finished."""
-        series = self._of(model)
+        series = self._of(name)
         series.codes[code] = series.codes.get(code, 0) + 1
         series.seconds.observe(seconds)
 
-    def first_byte(self, model: str, seconds: float) -> None:
-        """Record the time to the first byte of a pod's answer."""
-        self._of(model).first_byte.observe(seconds)
+    def generated(self, name: str, tokens: TokenCounts) -> None:
+        """Count the tokens of a request that a pod answered."""
+        series = self._of(name)
+        series.prompt += tokens.prompt
+        series.completion += tokens.completion
+
+    def streamed(self, name: str, first_token: float, per_token: float | None) -> None:
+        """Record the latencies of a stream, in seconds; `per_token`: None if it has a single token."""
+        series = self._of(name)
+        series.first_token.observe(first_token)
+        if per_token is not None:
+            series.per_token.observe(per_token)
 
     def not_started(self, reason: str) -> None:
         """Count an attempt that a pod did not accept."""
@@ -129,8 +195,8 @@ class Metrics:
         """Yield the text format in pieces; the caller may run other tasks between them."""
         self._prune()
         yield generate_latest(self.registry)
-        yield from _gauges(RUNNING, self._demand.running)
-        yield from _gauges(WAITING, self._demand.waiting)
+        yield from _gauges(RUNNING, self._demand.running_by_revision, _revision_label)
+        yield from _gauges(WAITING, self._demand.waiting, _label)
         series = list(self._series.values())
         name = f"{REQUESTS.name}_total"
         yield _head(REQUESTS, name)
@@ -138,22 +204,50 @@ class Metrics:
             series,
             lambda model: (f'{name}{{code="{code}",{model.label}}} {count}.0\n' for code, count in model.codes.items()),
         )
-        yield _head(DURATION, DURATION.name)
-        yield from _pieces(series, lambda model: model.seconds.lines(DURATION.name, model.label))
-        yield _head(FIRST_BYTE, FIRST_BYTE.name)
-        yield from _pieces(series, lambda model: model.first_byte.lines(FIRST_BYTE.name, model.label))
+        for family, histogram in (
+            (DURATION, lambda model: model.seconds),
+            (FIRST_TOKEN, lambda model: model.first_token),
+            (PER_OUTPUT_TOKEN, lambda model: model.per_token),
+        ):
+            yield _head(family, family.name)
+            yield from _pieces(series, partial(_histogram_lines, histogram, family.name))
+        yield _head(TOKENS, f"{TOKENS.name}_total")
+        yield from _pieces(series, _token_lines)
+        yield from self._shadows()
 
-    def _of(self, model: str) -> _Series:
-        series = self._series.get(model)
+    def _shadows(self) -> Iterator[bytes]:
+        compared = self._demand.comparisons.since(0)[1]
+        found = [(_revision_label(shadow), comparison) for shadow, comparison in compared.items()]
+        yield from _counters(
+            SHADOW_REQUESTS,
+            ((f'{label},result="compared"', entry.answers) for label, entry in found),
+            ((f'{label},result="failed"', entry.failures) for label, entry in found),
+            ((f'{label},result="dropped"', entry.dropped) for label, entry in found),
+        )
+        for family, figure, sign in (
+            (SHADOW_TOKENS, "tokens", 1),
+            (SHADOW_REFUSALS, "refusals", 1),
+            (SHADOW_LOGPROB, "logprob", -1),
+        ):
+            yield from _counters(
+                family,
+                ((f'answer="served",{label}', sign * getattr(entry, f"served_{figure}")) for label, entry in found),
+                ((f'answer="shadow",{label}', sign * getattr(entry, f"shadow_{figure}")) for label, entry in found),
+            )
+        yield from _counters(SHADOW_LOGPROB_ANSWERS, ((label, entry.logprob_answers) for label, entry in found))
+
+    def _of(self, name: str) -> _Series:
+        series = self._series.get(name)
         if series is None:
             if len(self._series) % _PRUNE_INTERVAL == _PRUNE_INTERVAL - 1:
                 self._prune()
-            series = self._series[model] = _Series(model)
+            series = self._series[name] = _Series(name)
         return series
 
     def _prune(self) -> None:
-        for model in [model for model in self._series if model and not self._exists(model)]:
-            del self._series[model]
+        for name in [name for name in self._series if name and not self._exists(name)]:
+            del self._series[name]
+        self._demand.comparisons.keep(self._exists)
 
 
 def _label(model: str) -> str:
@@ -161,8 +255,24 @@ def _label(model: str) -> str:
     return f'model="{escaped}"'
 
 
+def _revision_label(name: str) -> str:
+    """Return the labels of a revision, given its engine name, or of a model."""
+    model, _, revision = name.partition("@")
+    return f'{_label(model)},revision="{revision}"'
+
+
 def _head(family: Metric, name: str) -> bytes:
     return f"# HELP {name} {family.documentation}\n# TYPE {name} {family.type}\n".encode()
+
+
+def _histogram_lines(choose: Callable[[_Series], _Histogram], name: str, series: _Series) -> Iterator[str]:
+    return choose(series).lines(name, series.label)
+
+
+def _token_lines(series: _Series) -> Iterator[str]:
+    if series.prompt or series.completion:
+        yield f'{TOKENS.name}_total{{kind="prompt",{series.label}}} {series.prompt}.0\n'
+        yield f'{TOKENS.name}_total{{kind="completion",{series.label}}} {series.completion}.0\n'
 
 
 def _pieces(series: list[_Series], lines: Callable[[_Series], Iterable[str]]) -> Iterator[bytes]:
@@ -172,6 +282,12 @@ def _pieces(series: list[_Series], lines: Callable[[_Series], Iterable[str]]) ->
         ).encode()
 
 
-def _gauges(family: GaugeMetricFamily, values: Mapping[str, int]) -> Iterator[bytes]:
+def _counters(family: CounterMetricFamily, *samples: Iterable[tuple[str, float]]) -> Iterator[bytes]:
+    name = f"{family.name}_total"
+    yield _head(family, name)
+    yield "".join(f"{name}{{{labels}}} {float(value)!r}\n" for group in samples for labels, value in group).encode()
+
+
+def _gauges(family: GaugeMetricFamily, values: Mapping[str, int], label: Callable[[str], str]) -> Iterator[bytes]:
     yield _head(family, family.name)
-    yield "".join(f"{family.name}{{{_label(model)}}} {value}.0\n" for model, value in list(values.items())).encode()
+    yield "".join(f"{family.name}{{{label(name)}}} {value}.0\n" for name, value in list(values.items())).encode()

@@ -29,6 +29,7 @@ from tunesmith.gateway.hold import RequestHold
 from tunesmith.gateway.models import MODELS_PATH, models_body, names_models
 from tunesmith.gateway.reply import ANSWER_BYTES, LIMIT_HEADERS, ClientDisconnectedError, write_large
 from tunesmith.gateway.request import RequestReader, request_id, require
+from tunesmith.gateway.shadow import Mirrors
 from tunesmith.gateway.usage import estimated_tokens
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class _Exchange:
     def model(self) -> str:
         """Global id of the model, for logs and metrics; empty if the request names no known model."""
         return self.call.model.id if self.call else ""
+
+    @property
+    def name(self) -> str:
+        """Name of the revision that the request was sent to last, otherwise of its model, for metrics."""
+        return (self.call.engine_name or self.call.model.id) if self.call else ""
 
 
 class Proxy:
@@ -125,6 +131,16 @@ class Proxy:
 
         self._requests = RequestReader(gateway_keys, keys, catalog, limits, clock=clock, synced=synced, closing=closing)
         self._hold = RequestHold(catalog, backends, demand, limits, clock=clock)
+        self._mirrors = Mirrors(
+            session,
+            backends,
+            crashes,
+            demand.comparisons,
+            catalog.exists,
+            max_in_flight_bytes=limits.max_in_flight_bytes,
+            is_busy=lambda: 2 * self.budget.used > limits.max_in_flight_bytes,
+            clock=clock,
+        )
         self._forwarder = Forwarder(session, backends, demand, metrics, limits, clock=clock, closing=closing)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -144,7 +160,9 @@ class Proxy:
             response = _no_response()
         finally:
             seconds = self._clock() - exchange.arrived
-            self._metrics.finished(exchange.model, code, seconds)
+            self._metrics.finished(exchange.name, code, seconds)
+            if exchange.call is not None and exchange.call.answered and exchange.call.api.computes:
+                self._metrics.generated(exchange.name, exchange.call.usage.counts)
             if self._record is not None and request.rel_url.path not in HEALTH_PATHS:
                 self._record(_access_record(exchange, code, seconds))
         if not response.prepared:
@@ -154,7 +172,11 @@ class Proxy:
         return response
 
     async def drain(self, seconds: float) -> None:
-        """Wait for running requests for at most `seconds`, then terminate the remaining ones with an error."""
+        """Wait for running requests for at most `seconds`, then terminate the remaining ones with an error.
+
+        Mirrored requests are cancelled immediately.
+        """
+        await self._mirrors.close()
         await wait_for_event(self._idle, seconds)
         if self._cutoffs:
             LOG.warning("cutting off %d requests after %g s", len(self._cutoffs), seconds)
@@ -251,13 +273,30 @@ class Proxy:
             return await self._generate(call)
         reservation = await self._quotas.reserve_tokens(call.key, estimated_tokens(call.body))
         if reservation is None:
-            return await self._generate(call)
+            return await self._generate_mirrored(call)
         call.request[LIMIT_HEADERS] |= reservation.headers
         try:
-            return await self._generate(call)
+            return await self._generate_mirrored(call)
         finally:
-            used = call.usage.tokens if call.usage is not None and call.answered else 0
+            used = call.usage.counts.total if call.answered else 0
             await self._quotas.settle_tokens(reservation, used)
+
+    async def _generate_mirrored(self, call: Call) -> web.StreamResponse:
+        """Generate, and mirror the request afterwards if it is in the share of a shadow.
+
+        Raises:
+            ApiError: as `_generate`.
+        """
+        mirror = call.mirror = None if call.model.shadow is None else self._mirrors.draw(call)
+        if mirror is None:
+            return await self._generate(call)
+        try:
+            response = await self._generate(call)
+        except BaseException:
+            self._mirrors.release(mirror)
+            raise
+        self._mirrors.start(mirror)
+        return response
 
     async def _generate(self, call: Call) -> web.StreamResponse:
         """Hold and forward a call until a pod starts it, or a second one if the engine of the first one dies."""
@@ -324,7 +363,7 @@ def _access_record(exchange: _Exchange, status: int, seconds: float) -> AccessRe
         sequences=call.body.sequences if call else 0,
         seconds=seconds,
         first_byte_seconds=call.first_byte_seconds if call else None,
-        tokens=call.usage.tokens if call and call.usage and call.answered else None,
+        tokens=call.usage.counts.total if call and call.answered and call.api.computes else None,
     )
 
 

@@ -19,6 +19,7 @@ from tunesmith.gateway import errors
 from tunesmith.gateway.body import parse
 from tunesmith.gateway.keys import ExpiredKeyError
 from tunesmith.gateway.reply import ANSWER_BYTES, EventReply
+from tunesmith.gateway.split import MAX_SESSION_BYTES
 from tunesmith.gateway.usage import AnswerUsage, estimated_prompt_tokens
 
 if TYPE_CHECKING:
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from tunesmith.gateway.catalog import Catalog, Model
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
+    from tunesmith.gateway.mirror import Mirror
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 _SECRET_KEY_PREFIX = "sk-"  # noqa: S105 - not a key
+_SESSION_HEADER = "X-Session-ID"
 _ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
 
 
@@ -52,7 +55,10 @@ class Call:
         engine_name: revision to which it was sent last; empty: none yet.
         pod: `<namespace>/<name>` of the pod to which it was sent last; empty: none yet.
         first_byte_seconds: time from its arrival to the first byte of a pod's answer; None: none yet.
-        usage: counts the answer's tokens, if the API key has a limit of tokens.
+        usage: counts the answer's tokens.
+        mirror: gets the answer if the request is mirrored to a shadow afterwards.
+        first_token_seconds: the same to the first event of a stream that depends on a token; None: none yet.
+        point: chooses its revision during a rollout; None: not needed yet.
         lost_on: UID of the pod whose engine died while it processed the request; it is sent to another pod once.
     """
 
@@ -66,13 +72,30 @@ class Call:
     cache_salt: str
     events: EventReply | None
     arrived: float
+    usage: AnswerUsage
     started: bool = False
     answered: bool = False
     lost_on: str = ""
+    first_token_seconds: float | None = None
+    point: float | None = None
     engine_name: str = ""
     pod: str = ""
     first_byte_seconds: float | None = None
-    usage: AnswerUsage | None = None
+    mirror: Mirror | None = None
+
+    def session(self) -> bytes:
+        """Return the name of its session: its header X-Session-ID, or the string `user` in its body; empty: none."""
+        header = self.request.headers.get(_SESSION_HEADER, "")
+        if header:
+            return header.encode("utf-8", "surrogateescape")
+        user = bytes(memoryview(self.body.members.get("user", b""))[:MAX_SESSION_BYTES])
+        return user if user.startswith(b'"') and user != b'""' else b""
+
+    def read_body(self, piece: bytes | bytearray) -> None:
+        """Read the next piece of an answer that is not a stream."""
+        self.usage.read_body(piece)
+        if self.mirror is not None:
+            self.mirror.read(piece)
 
     def begin_answer(self) -> None:
         """Record that the client gets a pod's answer from now on, and release the bytes of the body."""
@@ -143,11 +166,9 @@ class RequestReader:
         if body.stream:
             events = EventReply(request, request_id, share, self._limits, clock=self._clock, closing=self._closing)
         salt = cache_salt(self._gateway_keys()[0], key.home)
-        usage = None
-        if api.computes and (key.tokens_per_minute is not None or key.tokens_per_day is not None):
-            body, hide = body.with_usage() if api.usage_option else (body, False)
-            usage = AnswerUsage(estimated_prompt_tokens(body), hide=hide)
-        return Call(request, request_id, key, model, api, body, share, salt, events, arrived, usage=usage)
+        body, hide = body.with_usage() if api.usage_option else (body, False)
+        usage = AnswerUsage(estimated_prompt_tokens(body), hide=hide)
+        return Call(request, request_id, key, model, api, body, share, salt, events, arrived, usage)
 
     def _resolve(self, body: Body, key: ApiKey) -> Model:
         try:

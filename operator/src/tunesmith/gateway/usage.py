@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.gateway.events import EVENT_END
 
@@ -15,11 +15,12 @@ _BYTES_PER_TOKEN = 4
 _TAIL_BYTES = 4096
 # Quotes within a JSON string are escaped, so a model's text never matches.
 _USAGE = re.compile(rb'"usage"\s*:\s*\{((?:[^{}]|\{[^{}]*\})*)\}')
-_TOTAL = re.compile(rb'"total_tokens"\s*:\s*(\d{1,9})\b')
-_PARTS = re.compile(
-    rb'"(?:input_tokens|output_tokens|cache_creation_input_tokens|cache_read_input_tokens)"\s*:\s*(\d{1,9})\b'
+_COUNT = re.compile(
+    rb'"(prompt_tokens|completion_tokens|total_tokens|input_tokens|output_tokens|cache_creation_input_tokens'
+    rb'|cache_read_input_tokens)"\s*:\s*(\d{1,9})\b'
 )
-"""Parts of the total in Anthropic's schema, which has no total."""
+_PROMPT = (b"prompt_tokens", b"input_tokens", b"cache_creation_input_tokens", b"cache_read_input_tokens")
+_COMPLETION = (b"completion_tokens", b"output_tokens")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
@@ -33,16 +34,24 @@ def estimated_tokens(body: Body) -> int:
     return estimated_prompt_tokens(body) + body.sequences * (body.max_tokens or 0)
 
 
-def _total(text: bytes) -> int | None:
-    """Return the tokens of the last usage in a text; None if it has none."""
+class TokenCounts(NamedTuple):
+    """Tokens of a request's prompts, of its answer, and of both."""
+
+    prompt: int
+    completion: int
+    total: int
+
+
+def _read(text: bytes) -> TokenCounts | None:
+    """Return the last usage in a text; None if it has none. Anthropic's schema has no total."""
     found = _USAGE.findall(text)
-    if not found:
+    counts = {name: int(count) for name, count in _COUNT.findall(found[-1])} if found else {}
+    if not counts:
         return None
-    total = _TOTAL.search(found[-1])
-    if total is not None:
-        return int(total[1])
-    parts = _PARTS.findall(found[-1])
-    return sum(map(int, parts)) if parts else None
+    prompt = sum(counts.get(name, 0) for name in _PROMPT)
+    completion = sum(counts.get(name, 0) for name in _COMPLETION)
+    total = counts.get(b"total_tokens", prompt + completion)
+    return TokenCounts(prompt or total - completion, completion, total)
 
 
 class AnswerUsage:
@@ -56,21 +65,21 @@ class AnswerUsage:
     def __init__(self, estimate: int, *, hide: bool) -> None:
         self._estimate = estimate
         self._hide = hide
-        self._total: int | None = None
+        self._counts: TokenCounts | None = None
         self._events = 0
         self._bytes = 0
         self._head = b""
         self._tail = b""
 
     @property
-    def tokens(self) -> int:
+    def counts(self) -> TokenCounts:
         """Tokens of prompts and answer. Without the engine's count: about one per event, or by the answer's size."""
-        total = self._total
-        if total is None:
-            total = _total(self._tail)
-        if total is None:  # the beginning of a ranking
-            total = _total(self._head)
-        return self._estimate + self._events + self._bytes // _BYTES_PER_TOKEN if total is None else total
+        if self._counts is None:
+            self._counts = _read(self._tail) or _read(self._head)  # the head of a ranking
+        if self._counts is not None:
+            return self._counts
+        completion = self._events + self._bytes // _BYTES_PER_TOKEN
+        return TokenCounts(self._estimate, completion, self._estimate + completion)
 
     def pass_events(self, events: bytes) -> bytes:
         """Read whole events, and return those for the client."""
@@ -79,9 +88,9 @@ class AnswerUsage:
             return events
         kept = []
         for event in events.split(EVENT_END):
-            found = _total(event)
+            found = _read(event)
             if found is not None:
-                self._total = found
+                self._counts = found
                 if self._hide and _NO_CHOICES.search(event):
                     continue
             kept.append(event)

@@ -71,6 +71,10 @@ class Slots:
         """Adapters with waiting requests, the next one first."""
         return self._queue.keys()
 
+    def is_free(self, adapter: str) -> bool:
+        """Return True if a request would be admitted immediately and nothing waits."""
+        return self.count is None or (not self._queue and (adapter in self._running or len(self._running) < self.count))
+
     def start(self, adapter: str, *, first: bool = False) -> bool:
         """Admit a request if it need not wait; return False otherwise.
 
@@ -227,6 +231,19 @@ class EngineAdapters:
         finally:
             self.slots.finish(name)
             self._remove_leaving(name)
+
+    def has_free_slot(self, name: str) -> bool:
+        """Return True if a request for a model needs no slot, or gets one immediately while no adapter waits."""
+        return name not in self._registered or self.slots.is_free(name)
+
+    def knows(self, name: str) -> bool:
+        """Return True if a name is that of a registered adapter or a further name of the base model."""
+        return name in self._registered or name in self.base_names
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the registered adapters, and further names of the base model."""
+        return self._registered.keys() | self.base_names
 
     async def _wait(self, name: str, left: Callable[[], asyncio.Future[Any]] | None, *, first: bool) -> bool:
         waiting = asyncio.ensure_future(self.slots.wait(name, first=first))

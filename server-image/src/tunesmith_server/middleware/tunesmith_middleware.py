@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         tunesmith_parameters,
         tunesmith_reply,
         tunesmith_tokenizer,
+        tunesmith_traffic,
     )
 
     Scope = MutableMapping[str, Any]
@@ -57,6 +58,7 @@ else:
     import tunesmith_parameters
     import tunesmith_reply
     import tunesmith_tokenizer
+    import tunesmith_traffic
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Largest request body, in bytes; 413 above it."""
@@ -77,6 +79,8 @@ _RESTART_CODE = 75
 _HUNG_CODE = 76
 _DEAD_CODE = 1
 _REASON_CHARACTERS = 1000
+_SHADOW_PRIORITY = 1000
+"""Priority of mirrored requests: vLLM computes them after all others, and preempts them first."""
 
 
 def _number(variable: str) -> float:
@@ -187,13 +191,17 @@ class Middleware:
 
     Its own routes, for the agent: `GET /tunesmith/state` returns `{"bootId", "supervisor", "startedAt", "draining",
     "inFlight": {model: requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}, "canConstrain",
-    "adapters": …}`, see tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter `adapters`; after
+    "adapters": …, "traffic": …}`, see tunesmith_adapters.EngineAdapters.state, whose `seen` is the parameter
+    `adapters`, and tunesmith_traffic.Traffic.state, whose `seen` is the parameter `traffic`; after
     `POST /tunesmith/drain` new work is refused; `POST /tunesmith/restart` with `{"reason", "hung"}` exits the process,
     and its supervisor starts another; `POST /tunesmith/base-names` with `{"names"}` sets further names under which the
     base model answers.
     The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while draining is
     503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry such a request on
     another pod. An error because the engine died has the header `x-tunesmith-engine-lost: true`.
+
+    A request with the header `x-tunesmith-shadow: true` is a mirrored one: it is counted separately, computed
+    after all others, and refused like one while draining if it would have to wait for a slot.
 
     A client's request with the header `x-tunesmith-digest` is in the journal while the engine processes it, and stays
     in it if the engine died meanwhile.
@@ -210,6 +218,7 @@ class Middleware:
         self._adapters = tunesmith_adapters.EngineAdapters(ADAPTER_MEMORY, on_cpu=POLICY.on_cpu)
         self._totals: dict[str, dict[str, int]] = {}
         self._policy = POLICY
+        self._traffic = tunesmith_traffic.Traffic(self._boot_id[:16])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -248,7 +257,7 @@ class Middleware:
         """Handle a request of the agent, to a route that clients cannot use or do not need checks for."""
         path, method = _route(scope), scope["method"]
         if path == "/tunesmith/state" and method == "GET":
-            await _reply(send, 200, self._state(_seen(scope)))
+            await _reply(send, 200, self._state(_seen(scope, b"adapters"), _seen(scope, b"traffic")))
         elif path == "/tunesmith/drain" and method == "POST":
             self._draining = True
             await _reply(send, 200, self._state())
@@ -338,7 +347,7 @@ class Middleware:
         finally:
             client.forget()
 
-    def _state(self, seen: int | None = None) -> dict[str, Any]:
+    def _state(self, adapters_seen: int | None = None, traffic_seen: int | None = None) -> dict[str, Any]:
         return {
             "bootId": self._boot_id,
             "supervisor": self._supervisor,
@@ -347,7 +356,8 @@ class Middleware:
             "inFlight": self._in_flight,
             "totals": self._totals,
             "canConstrain": self._policy.can_constrain,
-            "adapters": self._adapters.state(seen),
+            "adapters": self._adapters.state(adapters_seen),
+            "traffic": self._traffic.state(traffic_seen),
         }
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -373,24 +383,21 @@ class Middleware:
             return
         model = document["model"]
         # No await between the check and the count: a drain either refuses a request or waits for it.
-        if self._draining or _is_dead(scope):
+        shadow = _header(scope, tunesmith_traffic.SHADOW_HEADER) == "true"
+        if self._draining or _is_dead(scope) or (shadow and not self._adapters.has_free_slot(model)):
             await _refuse_not_started(send)
             return
+        answer = tunesmith_traffic.Answer(time.monotonic())
         observer = tunesmith_reply.Reply(
-            send, self._count, model, lambda: _is_dead(scope), tunesmith_apis.ENVELOPES.get(route, "")
+            send, self._count, model, lambda: _is_dead(scope), answer, tunesmith_apis.ENVELOPES.get(route, "")
         )
         if model in self._adapters.base_names:
             document["model"] = _base_name(scope)
             observer.rename(document["model"])
-        if document.get("stream") and route in tunesmith_apis.ENVELOPES:
-            observer.expect_stream()
-        elif document.get("stream"):
-            # Tokens are counted from the usage in every event; it is removed for a client that did not request it.
-            requested = document.get("stream_options") or {}
-            observer.hide_usage(
-                final=not requested.get("include_usage"), others=not requested.get("continuous_usage_stats")
-            )
-            document["stream_options"] = {**requested, "include_usage": True, "continuous_usage_stats": True}
+        if document.get("stream"):
+            _expect_stream(route, document, observer)
+        if shadow:
+            document["priority"] = _SHADOW_PRIORITY
         # Pass on the checked document, not the client's bytes: another parser may read those differently.
         body = json.dumps(document).encode()
         scope = {
@@ -400,7 +407,18 @@ class Middleware:
                 (b"content-length", str(len(body)).encode()),
             ],
         }
-        await self._process(scope, _Client(body, receive), observer.send, model)
+        client = _Client(body, receive)
+        try:
+            await self._process(scope, client, observer.send, model)
+        finally:
+            self._record(model, answer, shadow=shadow, left=client.has_left)
+
+    def _record(self, model: str, answer: tunesmith_traffic.Answer, *, shadow: bool, left: bool) -> None:
+        if not self._adapters.knows(model):
+            return
+        if self._traffic.is_full:
+            self._traffic.forget_others(self._adapters.names)
+        self._traffic.record(model, answer, time.monotonic(), shadow=shadow, left=left)
 
     async def _process(self, scope: Scope, client: _Client, send: Send, model: str) -> None:
         """Have vLLM process a checked request once its adapter has a slot; it is counted meanwhile."""
@@ -435,6 +453,19 @@ class Middleware:
         total["completionTokens"] += completion
 
 
+def _expect_stream(route: str, document: dict[str, Any], observer: tunesmith_reply.Reply) -> None:
+    """Request the usage in every event of a stream, by which its tokens are counted.
+
+    It is removed for a client that did not request it. Some APIs report it without being asked.
+    """
+    if route in tunesmith_apis.ENVELOPES:
+        observer.expect_stream()
+        return
+    requested = document.get("stream_options") or {}
+    observer.hide_usage(final=not requested.get("include_usage"), others=not requested.get("continuous_usage_stats"))
+    document["stream_options"] = {**requested, "include_usage": True, "continuous_usage_stats": True}
+
+
 def _base_name(scope: Scope) -> str:
     """Return the name under which vLLM serves the base model, which is also the one in its replies."""
     return str(scope["app"].state.openai_serving_models.base_model_paths[0].name)
@@ -448,9 +479,9 @@ def _member(body: bytes, name: str) -> str | None:
         return None
 
 
-def _seen(scope: Scope) -> int | None:
-    """Return the version of the adapters that the agent has; None if it has none."""
-    found = re.search(rb"(?:^|&)adapters=([0-9]{1,15})(?:&|$)", scope.get("query_string", b""))
+def _seen(scope: Scope, part: bytes) -> int | None:
+    """Return the version of a part of the state that the agent has; None if it has none."""
+    found = re.search(rb"(?:^|&)%b=([0-9]{1,15})(?:&|$)" % part, scope.get("query_string", b""))
     return int(found[1]) if found else None
 
 
@@ -559,13 +590,21 @@ class _Client:
         self._pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         self._receive = receive
         self._next: asyncio.Future[Message] | None = None
+        self._has_left = False
+
+    @property
+    def has_left(self) -> bool:
+        """True if the client is known to have disconnected."""
+        return self._has_left or (self._next is not None and self._next.done() and not self._next.cancelled())
 
     async def receive(self) -> Message:
         """Return the next message."""
         if self._pending:
             return self._pending.pop()
         # A reader that gives up, as vLLM's do at the end of a reply, must not cancel the future for the next one.
-        return await (self._receive() if self._next is None else asyncio.shield(self._next))
+        message = await (self._receive() if self._next is None else asyncio.shield(self._next))
+        self._has_left = self._has_left or message["type"] == "http.disconnect"
+        return message
 
     def left(self) -> asyncio.Future[Message]:
         """Return a future that is done when the client disconnects."""

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
+
+    from tunesmith_server.middleware import tunesmith_traffic
 
     Message = MutableMapping[str, Any]
     Send = Callable[[Message], Awaitable[None]]
@@ -25,6 +28,7 @@ _CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*([0-9]{1,6})')
 _MODEL = (
     rb'^((?:data: )?\s*\{(?:\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.0-9eE]+|true|false|null)\s*,)*?\s*"model"\s*:\s*)%b'
 )
+_ERROR_EVENTS = (b'data: {"error"', b"event: error")
 _USAGE_BYTES = 1024
 _EVENT_BYTES = 4 * 1024 * 1024
 
@@ -43,6 +47,7 @@ class Reply:
         count: called with the model, and with further requests, tokens of prompts and tokens of answers.
         model: name of the model that the client requested.
         is_dead: returns True if the engine died.
+        answer: gets the course of the reply.
         envelope: member of such an API's event that contains the reply; empty: another API.
     """
 
@@ -52,8 +57,10 @@ class Reply:
         count: Callable[[str, int, int, int], None],
         model: str,
         is_dead: Callable[[], bool],
+        answer: tunesmith_traffic.Answer,
         envelope: str = "",
     ) -> None:
+        self._answer = answer
         self._send = send
         self._count = count
         self._model = model
@@ -73,10 +80,11 @@ class Reply:
     def hide_usage(self, *, final: bool, others: bool) -> None:
         """Expect a stream, and remove the usage from its last event (`final`), or from all others (`others`)."""
         self._stream, self._hide_final, self._hide_others = True, final, others
+        self._answer.stream = True
 
     def expect_stream(self) -> None:
         """Expect a stream that reports its usage without being asked for it."""
-        self._stream = True
+        self._stream = self._answer.stream = True
 
     def rename(self, name: str) -> None:
         """Replace a name of the base model by the name that the client requested, in the reply's member `model`."""
@@ -91,6 +99,7 @@ class Reply:
                 closed connection shows that the request may be sent to another pod.
         """
         if message["type"] == "http.response.start":
+            self._answer.status = message["status"]
             self._ok = 200 <= message["status"] < 300  # noqa: PLR2004 - HTTP success
             if self._ok:
                 self._count(self._model, 1, 0, 0)
@@ -100,6 +109,8 @@ class Reply:
                     message = {**message, "headers": [*message.get("headers", ()), _LOST_HEADER]}
         elif message["type"] == "http.response.body" and self._ok:
             message = self._read(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._answer.complete = True
         if self._ok and self._envelope:
             await self._send_ordered(message)
         elif self._ok and self._other_name is not None:
@@ -110,18 +121,31 @@ class Reply:
     def _read(self, message: Message) -> Message:
         """Count the tokens in a piece of a reply's body, and return the piece for the client."""
         body = message.get("body", b"")
-        if self._stream and not self._began:
-            if self._is_dead():
-                raise ConnectionAbortedError("the engine died")
-            self._began = bool(body)
         if self._stream:
-            return {**message, "body": self._events(body, last=not message.get("more_body", False))}
+            return {**message, "body": self._pass_events(body, last=not message.get("more_body", False))}
         if not self._envelope:
             # A usage object split over two pieces is found by prepending the end of the first to the second.
             window = self._rest + body
             self._report(window)
             self._rest = window[-_USAGE_BYTES:]
         return message
+
+    def _pass_events(self, body: bytes, *, last: bool) -> bytes:
+        """Return the bytes of a stream that may be sent now.
+
+        Raises:
+            ConnectionAbortedError: the engine died before the first event.
+        """
+        if not self._began:
+            if self._is_dead():
+                raise ConnectionAbortedError("the engine died")
+            self._began = bool(body)
+        # The first events of the other APIs do not wait for a token.
+        if self._answer.first is None and body and (not self._envelope or b"delta" in body):
+            self._answer.first = time.monotonic()
+        if body.startswith(_ERROR_EVENTS):
+            self._answer.failed = True
+        return self._events(body, last=last)
 
     async def _send_renamed(self, message: Message, other_name: re.Pattern[bytes]) -> None:
         """Send a message of a reply whose model is renamed: a body as a whole, since its length changes."""
@@ -230,6 +254,7 @@ class Reply:
         """Count what tokens of the reply add to those already counted."""
         self._count(self._model, 0, max(0, prompt - self._prompt), max(0, completion - self._completion))
         self._prompt, self._completion = max(prompt, self._prompt), max(completion, self._completion)
+        self._answer.tokens = max(self._choices.values(), default=self._completion)
 
 
 def _last_usage(text: bytes) -> re.Match[bytes] | None:
