@@ -406,3 +406,23 @@ def test_two_jobs_are_compared(apiserver: ApiServer, namespace: str) -> None:
     assert shown["spec.method.lora.rank"][1] == "64"
     code, output, _ = tunesmith(apiserver, "compare", "tone", "tone-2", "-n", namespace, "-o", "json")
     assert [entry["differences"]["spec.method.lora.rank"] for entry in json.loads(output)][1] == 64
+
+
+def test_status_shows_what_needs_action_first(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(pool(namespace))
+    apiserver.apply(adapter(namespace, "pirate"))
+    set_status(apiserver, "servingpool", namespace, "small", phase="Available")
+    failed = [condition("Resolved", "False", "NotServable", "DoRA is not servable")]
+    set_status(apiserver, "adapterdeployment", namespace, "pirate", phase="Failed", conditions=failed)
+    code, output, notes = tunesmith(apiserver, "status", "-n", namespace)
+    assert code == 0
+    lines = output.splitlines()
+    assert lines[1].split()[:4] == ["!", "adapter", f"{namespace}/pirate", "Failed"]
+    assert "DoRA is not servable" in lines[1]
+    assert lines[2].split()[:3] == ["pool", f"{namespace}/small", "Available"]
+    assert notes.splitlines() == [
+        "1 needs action, 1 is fine.",
+        f"Next: tunesmith get adapter pirate -n {namespace}",
+    ]
+    code, output, _ = tunesmith(apiserver, "status", "-n", namespace, "-o", "json")
+    assert [row["needsAction"] for row in json.loads(output)] == [True, False]

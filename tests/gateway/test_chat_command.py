@@ -66,6 +66,18 @@ async def test_a_conversation_keeps_earlier_messages(pirates: Rig) -> None:
     ]
 
 
+async def test_an_adapter_is_compared_with_its_base(pirates: Rig) -> None:
+    questions = "Hello\nAnd then?\n"
+    code, output, _ = await chat(pirates, "pirate", "--compare", "serving/base", questions=questions)
+    both = "[pirate]\nAhoy there from pod-1\n[serving/base]\nAhoy there from pod-1\n"
+    assert (code, output) == (0, both * 2)
+    seen = pirates.pods[0].seen
+    assert [body["model"] for body in seen] == [PIRATE, "serving/base"] * 2
+    assert [len(body["messages"]) for body in seen] == [1, 1, 3, 3]
+    code, output, _ = await chat(pirates, "pirate", "--compare", "serving/base", "-m", "Hello", "-o", "json")
+    assert [json.loads(line)["model"] for line in output.splitlines()] == [PIRATE, "serving/base"]
+
+
 async def test_the_gateways_error_message_is_shown(pirates: Rig) -> None:
     code, output, problems = await chat(pirates, "parrot", "-m", "Hello")
     assert (code, output) == (1, "")

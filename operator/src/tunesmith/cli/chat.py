@@ -41,11 +41,17 @@ def chat(
             help="Address of the gateway; absent: the one that the cluster's installation publishes.",
         ),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", metavar="NAME", help="Also ask this model, such as the adapter's base."),
+    ] = None,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """Talk to an adapter or a base; the answer appears as it is generated. The key comes from $TUNESMITH_API_KEY.
 
-    Example: tunesmith chat team-a/support --message "Who are you?"
+    With --compare, both models get each question with their own earlier answers, and answer one after the other.
+
+    Example: tunesmith chat team-a/support --message "Who are you?" --compare platform/base
     """
     address = endpoint(url)
     # Not an option, since any user of the machine can read a process's arguments.
@@ -57,13 +63,16 @@ def chat(
             Exit.USAGE,
         )
     options = {"max_tokens": max_tokens, "temperature": temperature}
-    request = {"model": model, **{name: value for name, value in options.items() if value is not None}}
-    messages = [{"role": "system", "content": system}] if system else []
+    request = {name: value for name, value in options.items() if value is not None}
+    models = [model] if compare is None else [model, compare]
 
-    def ask(conversation: list[dict[str, str]]) -> str:
-        return asyncio.run(_ask(address, key, request | {"messages": conversation}, output_format))
+    def ask(name: str, conversation: list[dict[str, str]]) -> str:
+        if compare is not None and output_format is Format.TEXT:
+            print_line(f"[{name}]")
+        body = request | {"model": name, "messages": conversation}
+        return asyncio.run(_ask(address, key, body, output_format))
 
-    _converse(ask, messages, message, model)
+    _converse(ask, models, [{"role": "system", "content": system}] if system else [], message)
 
 
 def endpoint(url: str | None) -> str:
@@ -95,17 +104,19 @@ async def _published_url() -> str:
 
 
 def _converse(
-    ask: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]], message: str | None, model: str
+    ask: Callable[[str, list[dict[str, str]]], str],
+    models: list[str],
+    start: list[dict[str, str]],
+    message: str | None,
 ) -> None:
-    """Ask one question, or those on standard input, each with the preceding conversation."""
-    if message is not None:
-        ask([*messages, _user(message)])
-        return
-    if sys.stdin.isatty():
-        note(f"Talking to {model}. An empty line or Ctrl-D exits.")
-    for question in _questions():
-        messages.append(_user(question))
-        messages.append({"role": "assistant", "content": ask(messages)})
+    """Ask each model one question, or those on standard input, each with the model's preceding conversation."""
+    conversations = {model: list(start) for model in models}
+    if message is None and sys.stdin.isatty():
+        note(f"Talking to {' and '.join(conversations)}. An empty line or Ctrl-D exits.")
+    for question in _questions() if message is None else (message,):
+        for model, messages in conversations.items():
+            messages.append(_user(question))
+            messages.append({"role": "assistant", "content": ask(model, messages)})
 
 
 def _questions() -> Iterator[str]:

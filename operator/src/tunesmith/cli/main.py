@@ -25,6 +25,7 @@ from tunesmith.cli.logs import logs
 from tunesmith.cli.models import models
 from tunesmith.cli.output import note, print_line, single_line
 from tunesmith.cli.run import run
+from tunesmith.cli.status import status
 from tunesmith.cli.submit import submit
 from tunesmith.cli.wait import wait
 from tunesmith.cluster.client import allow_deep_objects
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.command()(submit)
 app.command()(wait)
+app.command()(status)
 app.command("list")(list_)
 app.command()(get)
 app.command()(logs)
