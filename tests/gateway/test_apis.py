@@ -206,7 +206,7 @@ def test_the_usage_of_an_answer_is_found(pieces: list[bytes], tokens: int) -> No
     usage = AnswerUsage(7, hide=False)
     for piece in pieces:
         usage.read_body(piece)
-    assert usage.tokens == tokens
+    assert usage.counts.total == tokens
 
 
 def test_the_usage_of_a_stream_is_its_last_one() -> None:
@@ -216,7 +216,7 @@ def test_the_usage_of_a_stream_is_its_last_one() -> None:
         b'data: {"type":"message_delta","usage":{"input_tokens":31,"output_tokens":3}}\n\n',
     ):
         assert usage.pass_events(event) == event
-    assert usage.tokens == 34
+    assert usage.counts.total == 34
 
 
 async def test_tokens_of_a_responses_stream_count_towards_the_keys_limit(pirates: Rig) -> None:

@@ -156,7 +156,7 @@ def test_members_that_the_gateway_reads_have_one_type(member: str, value: Any) -
         ({"prompt": [[1, 2], [3]], "n": 3}, 6),
         ({"prompt": []}, 1),
         ({"prompt_embeds": ["a", "b"], "prompt": ["c"]}, 3),
-        ({"n": 16, "prompt": ["x"] * 8}, 128, COMPLETIONS),
+        ({"n": 16, "prompt": ["x"] * 8}, 128),
     ],
 )
 def test_sequences_are_choices_times_prompts(fields: dict[str, Any], sequences: int) -> None:

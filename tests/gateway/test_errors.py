@@ -62,7 +62,7 @@ async def send(
         ("POST", "/v1/models", b"{}", None, 405, "method_not_allowed"),
         ("POST", "/v1/load_lora_adapter", b"{}", None, 404, "unknown_url"),
         ("POST", "/v1/chat/completions/", b"{}", None, 404, "unknown_url"),
-        ("POST", "/v1/embeddings", b"{}", None, 404, "unknown_url"),
+        ("POST", "/v1/images/generations", b"{}", None, 404, "unknown_url"),
         ("GET", "/metrics", None, None, 404, "unknown_url"),
     ],
 )
