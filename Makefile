@@ -154,4 +154,5 @@ check-generated:
 	@$(STEP) "versions of the charts" $(RUN) python charts/versions.py
 
 check-unit:
+	@$(STEP) "programs of the tests" .ci/test-programs
 	@$(STEP) --last ' (passed|failed).* in ' "unit tests" $(RUN) pytest $(UNIT_TESTS)

@@ -108,6 +108,11 @@ def test_the_notes_name_the_keys_of_the_store(helm: Helm, tmp_path: Path, store:
         ({"gateway": {"externalUrl": "https://llm.example.com/v1"}}, "externalUrl"),
         ({"gateway": {"maxUnavailable": 0}}, "maxUnavailable"),
         ({"gateway": {"limits": {"maxSequence": 1}}}, "maxSequence"),
+        ({"gateway": {"redis": {"url": "redis://:secret@redis"}}}, "url"),
+        (
+            {"gateway": {"redis": {"caKey": "ca.crt"}}},
+            "gateway.redis.caKey is set, but gateway.redis.secretName is not",
+        ),
         ({"gateway": {"topologySpread": [{"topologyKey": "zone"}]}}, "maxSkew"),
         ({"watchNamespaces": ["Team_A"]}, "Team_A"),
         ({"networkPolicy": {"metricsFrom": [{"namespace": "monitoring"}]}}, "namespace"),
@@ -238,6 +243,28 @@ def test_the_operator_selects_gateways_by_all_labels_of_their_pods(template: Tem
     labels = deployments["tunesmith-gateway"]["spec"]["template"]["metadata"]["labels"]
     command = deployments["tunesmith-operator"]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert f"--instance={labels['app.kubernetes.io/instance']}" in command
+
+
+def test_the_url_of_redis_is_mounted_from_its_secret(template: Template) -> None:
+    def pod(redis: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        documents = template("tunesmith", {"gateway": {"redis": redis}})
+        spec = of_kind(documents, "Deployment")["tunesmith-gateway"]["spec"]["template"]["spec"]
+        return spec["containers"][0]["command"], {volume["name"]: volume for volume in spec["volumes"]}
+
+    command, volumes = pod({})
+    assert "redis" not in volumes
+    assert not any(part.startswith("--redis-url-file") for part in command)
+    command, volumes = pod({"secretName": "limits", "urlKey": "address", "caKey": "authority", "timeoutSeconds": 1})
+    assert {
+        "--redis-url-file=/etc/tunesmith/redis/url",
+        "--redis-ca-file=/etc/tunesmith/redis/ca.crt",
+        "--redis-timeout-seconds=1",
+    } <= set(command)
+    assert volumes["redis"]["secret"] == {
+        "secretName": "limits",
+        "defaultMode": 0o440,
+        "items": [{"key": "address", "path": "url"}, {"key": "authority", "path": "ca.crt"}],
+    }
 
 
 def test_gateway_service_and_its_url_agree(template: Template) -> None:

@@ -101,6 +101,10 @@ class ProcessRig:
         async with asyncio.timeout(DEADLINE):
             return await self._process.wait()
 
+    def kill(self) -> None:
+        """Kill the process as a lost machine does."""
+        self._process.kill()
+
     def put(self, document: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(document).encode() + b"\n")

@@ -147,6 +147,54 @@ async def test_a_request_that_fails_uses_no_tokens(start: Start) -> None:
     assert (await rig.chat("pirate", key=key, max_tokens=60))[0] == 200
 
 
+async def limited_adapter(start: Start, **limits: int) -> Rig:
+    rig = await start()
+    manifest = adapter_manifest("pirate")
+    manifest["spec"]["limits"] = limits
+    rig.watches.put(manifest)
+    await rig.add_pod(PIRATE)
+    return rig
+
+
+async def test_requests_of_an_adapter_from_all_keys(start: Start) -> None:
+    rig = await limited_adapter(start, requestsPerMinute=3)
+    keys = [await known(rig, name) for name in ("one", "two", "three", "four")]
+    assert [(await rig.chat("pirate", key=key))[0] for key in keys[:3]] == [200] * 3
+    status, answer, headers = await rig.post({"model": "pirate", "messages": []}, key=keys[3])
+    assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert "The adapter team/pirate may get 3 requests per minute" in answer["error"]["message"]
+    assert 1 <= int(headers["Retry-After"]) <= 120
+    status, answer = await rig.chat(f"pirate@{PIRATE.partition('@')[2]}", key=keys[0])
+    assert status == 429, "a revision's own name is no way around the limit"
+    assert (await rig.chat("serving/base", key=keys[3]))[0] == 200, "the base has no limit"
+
+
+async def test_tokens_of_an_adapter_are_settled(start: Start) -> None:
+    rig = await limited_adapter(start, tokensPerMinute=100)
+    keys = [await known(rig, name) for name in ("one", "two")]
+    assert [(await rig.chat("pirate", key=key, max_tokens=80))[0] for key in keys * 2] == [200] * 4
+    status, answer = await rig.chat("pirate", key=keys[0], max_tokens=84)
+    assert (status, answer["error"]["type"]) == (429, "tokens")
+    assert "The adapter team/pirate may use 100 tokens per minute" in answer["error"]["message"]
+    status, answer = await rig.chat("pirate", key=keys[0], max_tokens=200)
+    assert (status, answer["error"]["code"]) == (400, "too_many_tokens")
+
+
+async def test_sequences_of_an_adapter_at_once(start: Start) -> None:
+    rig = await limited_adapter(start, maxConcurrency=2)
+    one, two = [await known(rig, name) for name in ("one", "two")]
+    pod = rig.pods[0]
+    pod.gate.clear()
+    running = asyncio.create_task(rig.chat("pirate", key=one, n=2))
+    await eventually(lambda: pod.running == 1, "the request runs")
+    status, answer = await rig.chat("pirate", key=two)
+    assert (status, answer["error"]["code"]) == (429, "concurrency_limit_exceeded")
+    assert "The adapter team/pirate may have 2 sequences" in answer["error"]["message"]
+    pod.gate.set()
+    assert (await running)[0] == 200
+    assert (await rig.chat("pirate", key=two, n=2))[0] == 200
+
+
 @pytest.mark.parametrize("asked", [True, False])
 async def test_the_tokens_of_a_stream_are_counted(start: Start, *, asked: bool) -> None:
     rig = await pirate(start)

@@ -103,6 +103,7 @@
 - --comment-seconds={{ toJson .Values.gateway.limits.commentSeconds }}
 {{- end }}
 - {{ printf "--replicas=%s" (toString .Values.gateway.replicas) | quote }}
+- --redis-timeout-seconds={{ toJson .Values.gateway.redis.timeoutSeconds }}
 {{- if not .Values.gateway.accessLog }}
 - --no-access-log
 {{- end }}

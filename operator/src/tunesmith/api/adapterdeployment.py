@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from tunesmith.api.adapter_limits import AdapterLimits
 from tunesmith.api.conditions import Condition
 from tunesmith.api.continue_from import Digest, FineTuneJobReference
 from tunesmith.api.credentials import SecretReference
@@ -136,6 +137,9 @@ class AdapterDeploymentSpec(ApiModel):
         description="Transition from the serving revision to a new one. Absent: the new revision answers all requests "
         "once it is resident. A change of the spec, except for replicas and autoscaling, begins a running rollout "
         "again.",
+    )
+    limits: AdapterLimits | None = Field(
+        default=None, description="Highest use by all API keys together. Absent: only the limits of the keys apply."
     )
 
 

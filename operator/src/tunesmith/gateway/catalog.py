@@ -15,6 +15,7 @@ from tunesmith.gateway import errors
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from tunesmith.api.adapter_limits import AdapterLimits
     from tunesmith.api.servingpool import AllowedNamespaces
     from tunesmith.contracts.apikey import ApiKey
 
@@ -39,6 +40,7 @@ class Model:
             pod holds answers all.
         shadow: engine name of the revision that also answers a share of the requests, and this share in percent.
         deployed: False for a revision that the AdapterDeployment does not list, or no longer lists.
+        limits: highest use by all API keys together; None: no limit.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Model:
     weights: tuple[int, ...] = ()
     shadow: tuple[str, int] | None = None
     deployed: bool = True
+    limits: AdapterLimits | None = None
 
     @property
     def bare_name(self) -> str:
@@ -273,6 +276,7 @@ class Catalog:
             created=model.created,
             is_whole=model.is_whole,
             deployed=f"{model.id}@{revision}" in model.engine_names,
+            limits=model.limits,
         )
 
     def _shared_base(self, bare_name: str, key: ApiKey) -> Model | None:
@@ -370,4 +374,5 @@ def _adapter_model(adapter: AdapterDeployment) -> Model:
         is_whole=bool(revisions and revisions[0].base_model),
         weights=tuple(revision.weight or 0 for revision in revisions) if any(r.weight for r in revisions) else (),
         shadow=next(((r.engine_name, r.shadow_percent) for r in revisions if r.shadow_percent), None),
+        limits=adapter.spec.limits,
     )

@@ -101,16 +101,19 @@ def expired_key() -> ApiError:
     )
 
 
-def too_many_requests(limit: int, seconds: int, headers: dict[str, str]) -> ApiError:
-    """429: the key's requests of the last minute."""
-    message = f"Your API key may send {limit} requests per minute. Try again in {seconds} s."
+_KEY = "Your API key"
+
+
+def too_many_requests(limit: int, seconds: int, headers: dict[str, str], whose: str = _KEY) -> ApiError:
+    """429: the requests of the last minute of a key or an adapter."""
+    message = f"{whose} may {'send' if whose == _KEY else 'get'} {limit} requests per minute. Try again in {seconds} s."
     return _too_many(message, "rate_limit_exceeded", seconds, headers=headers)
 
 
-def too_many_tokens(limit: int, unit: str, seconds: int) -> ApiError:
-    """429: the key's tokens of this minute or day."""
+def too_many_tokens(limit: int, unit: str, seconds: int, whose: str = _KEY) -> ApiError:
+    """429: the tokens of this minute or day of a key or an adapter."""
     return _too_many(
-        f"Your API key may use {limit} tokens per {unit}, and the rest of them is less than this request needs (its"
+        f"{whose} may use {limit} tokens per {unit}, and the rest of them is less than this request needs (its"
         f" prompt and max_tokens). Try again in {seconds} s, or lower max_tokens.",
         "rate_limit_exceeded",
         seconds,
@@ -118,31 +121,31 @@ def too_many_tokens(limit: int, unit: str, seconds: int) -> ApiError:
     )
 
 
-def too_many_tokens_for_key(tokens: int, limit: int) -> ApiError:
-    """400: the request alone needs more tokens than its key may use."""
+def too_many_tokens_for_limit(tokens: int, limit: int, whose: str) -> ApiError:
+    """400: the request alone needs more tokens than its key or adapter may use."""
     return ApiError(
         HTTPStatus.BAD_REQUEST,
-        f"The request needs about {tokens} tokens (its prompt and max_tokens), and your API key may use {limit} in a"
+        f"The request needs about {tokens} tokens (its prompt and max_tokens). {whose} may use {limit} in a"
         " gateway. Lower max_tokens or shorten the prompt.",
         code="too_many_tokens",
     )
 
 
-def too_many_running(limit: int) -> ApiError:
-    """429: the key's sequences at once."""
+def too_many_running(limit: int, whose: str = _KEY) -> ApiError:
+    """429: the sequences at once of a key or an adapter."""
     return _too_many(
-        f"Your API key may have {limit} sequences (choices × prompts) running at once. Wait for some of its requests to"
+        f"{whose} may have {limit} sequences (choices × prompts) running at once. Wait for some of its requests to"
         " finish.",
         "concurrency_limit_exceeded",
         1,
     )
 
 
-def too_many_sequences_for_key(sequences: int, limit: int) -> ApiError:
-    """400: the request alone has more sequences than its key may have at once."""
+def too_many_sequences_for_limit(sequences: int, limit: int, whose: str) -> ApiError:
+    """400: the request alone has more sequences than its key or adapter may have at once."""
     return ApiError(
         HTTPStatus.BAD_REQUEST,
-        f"The request asks for {sequences} sequences (choices × prompts), and your API key may have {limit} running at"
+        f"The request asks for {sequences} sequences (choices × prompts). {whose} may have {limit} running at"
         " once in a gateway. Lower `n` or send fewer prompts.",
         code="too_many_sequences",
     )

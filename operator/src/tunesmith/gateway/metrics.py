@@ -11,7 +11,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 if TYPE_CHECKING:
@@ -163,6 +163,15 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self._limits_shared = Gauge(
+            "tunesmith_gateway_limits_shared",
+            "1 while the limits are counted in Redis for all gateways, 0 while this gateway applies its share.",
+            registry=self.registry,
+        )
+
+    def limits_are_shared(self, shared: bool) -> None:  # noqa: FBT001 - the state
+        """Record where the limits are counted."""
+        self._limits_shared.set(shared)
 
     def malformed(self) -> None:
         """Count a request that is not HTTP."""

@@ -236,8 +236,7 @@ class Proxy:
             with self.budget.share(key.name) as share:
                 call = await self._requests.read(request, exchange.request_id, api, key, share, exchange.arrived)
                 exchange.call = call
-                with self._quotas.running(key, call.body.sequences):
-                    return await self._generate_counted(call)
+                return await self._generate_counted(call)
         if names_stored_response(path):
             await self._admit(exchange)
             raise errors.responses_not_stored()
@@ -264,22 +263,22 @@ class Proxy:
         return key
 
     async def _generate_counted(self, call: Call) -> web.StreamResponse:
-        """Generate, and count the tokens towards the limits of the API key.
+        """Generate, and count sequences and tokens towards the limits.
 
         Raises:
-            ApiError: the key's tokens are used up, or as `_generate`.
+            ApiError: a limit is used up, or as `_generate`.
         """
-        if not call.api.computes:
-            return await self._generate(call)
-        reservation = await self._quotas.reserve_tokens(call.key, estimated_tokens(call.body))
+        tokens = estimated_tokens(call.body) if call.api.computes else 0
+        reservation = await self._quotas.reserve(call.key, call.model, call.body.sequences, tokens)
+        generate = self._generate_mirrored if call.api.computes else self._generate
         if reservation is None:
-            return await self._generate_mirrored(call)
+            return await generate(call)
         call.request[LIMIT_HEADERS] |= reservation.headers
         try:
-            return await self._generate_mirrored(call)
+            return await generate(call)
         finally:
-            used = call.usage.counts.total if call.answered else 0
-            await self._quotas.settle_tokens(reservation, used)
+            used = call.usage.counts.total if call.answered and call.api.computes else 0
+            self._quotas.settle(reservation, used)
 
     async def _generate_mirrored(self, call: Call) -> web.StreamResponse:
         """Generate, and mirror the request afterwards if it is in the share of a shadow.

@@ -1,66 +1,57 @@
-"""Limits of API keys: requests per minute, tokens per minute and day, and sequences at once.
+"""Limits of API keys and adapters: requests per minute, tokens per minute and day, and sequences at once.
 
-A key's limits are divided by the number of gateway replicas; each replica counts its own part. A load balancer that
-spreads requests unevenly therefore makes a key reach its limit early, never late.
+With Redis, all gateways count together and a limit is exact. Without it, and while it is down, a limit is divided by
+the number of gateways and each counts its own part: a load balancer that spreads requests unevenly makes a key reach
+its limit early, never late.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from limits import RateLimitItemPerDay, RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage
-from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
+from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.gateway import errors
+from tunesmith.gateway.windows import Charge, LocalCounters, Measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from limits import RateLimitItem
+    from collections.abc import Sequence
 
     from tunesmith.contracts.apikey import ApiKey
+    from tunesmith.gateway.catalog import Model
+    from tunesmith.gateway.shared_counters import SharedCounters
+    from tunesmith.gateway.windows import Decision
 
 
-_TOKENS = "tokens"
+_ADAPTER = "adapter/"
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Tokens that are reserved for a request.
+class Reservation(NamedTuple):
+    """Use of limits that is reserved for a request.
 
     Attributes:
-        key: name of the API key.
-        tokens: number of tokens.
-        windows: the limits they count towards, with the Unix time in seconds at which each starts again.
-        headers: what is left of the limit per minute.
+        charges: sequences, which are given back in any case, tokens, which are settled, and requests, which are kept.
+        starts: Unix time in seconds at which the window of each charge started.
+        headers: what is left of the key's limit of tokens per minute.
     """
 
-    key: str
-    tokens: int
-    windows: tuple[tuple[RateLimitItem, float], ...]
+    charges: Sequence[Charge]
+    starts: Sequence[float]
     headers: dict[str, str]
 
 
 class Quotas:
-    """The use of API keys that have limits.
+    """The use of limits.
 
     Args:
         replicas: number of gateways that share the limits.
-        wall_clock: Unix time in seconds.
+        local: counts of this gateway.
+        shared: counts of all gateways; None: no Redis is configured.
     """
 
-    def __init__(self, replicas: int, *, wall_clock: Callable[[], float]) -> None:
+    def __init__(self, replicas: int, local: LocalCounters, shared: SharedCounters | None) -> None:
         self._replicas = replicas
-        self._wall_clock = wall_clock
-        self._storage = MemoryStorage()
-        self._requests = SlidingWindowCounterRateLimiter(self._storage)
-        self._tokens = FixedWindowRateLimiter(self._storage)
-        self._running: Counter[str] = Counter()
+        self._local = local
+        self._shared = shared
 
     async def count_request(self, key: ApiKey) -> dict[str, str]:
         """Count a request, and return the headers by which OpenAI's clients see what is left of the key's limit.
@@ -71,91 +62,121 @@ class Quotas:
         limit = key.requests_per_minute
         if limit is None:
             return {}
-        item = RateLimitItemPerMinute(self._part(limit))
-        accepted = await self._requests.hit(item, key.name)
-        reset_time, remaining = await self._requests.get_window_stats(item, key.name)
-        seconds = self._seconds_until(reset_time)
-        headers = _headers("requests", limit, remaining, seconds)
-        if not accepted:
-            raise errors.too_many_requests(limit, seconds, headers)
+        charge = Charge(f"key/{key.name}", Measure.REQUESTS_PER_MINUTE, limit, 1)
+        (charge,), decision = await self._admit([charge])
+        headers = _headers("requests", limit, charge, decision)
+        if decision.refused is not None:
+            raise errors.too_many_requests(limit, _whole_seconds(decision.states[0].seconds_until(charge)), headers)
         return headers
 
-    async def reserve_tokens(self, key: ApiKey, tokens: int) -> Reservation | None:
-        """Reserve tokens for a request, or return None if the key has no limit of tokens.
+    async def reserve(self, key: ApiKey, model: Model, sequences: int, tokens: int) -> Reservation | None:
+        """Reserve what a request may use of the limits of its key and its model, or return None if there are none.
 
         Raises:
-            ApiError: 429, the key's tokens of the minute or the day are used up; 400, the request alone needs more.
+            ApiError: 429, a limit is used up; 400, the request alone needs more.
         """
-        limits = {
-            "minute": (key.tokens_per_minute, RateLimitItemPerMinute),
-            "day": (key.tokens_per_day, RateLimitItemPerDay),
-        }
-        smallest = min((self._part(limit) for limit, _ in limits.values() if limit is not None), default=None)
-        if smallest is None:
+        owner = f"key/{key.name}"
+        wanted = [
+            (owner, Measure.CONCURRENCY, key.max_concurrency, sequences),
+            (owner, Measure.TOKENS_PER_MINUTE, key.tokens_per_minute, tokens),
+            (owner, Measure.TOKENS_PER_DAY, key.tokens_per_day, tokens),
+        ]
+        if model.limits is not None:
+            adapter = f"{_ADAPTER}{model.id}"
+            wanted += [
+                (adapter, Measure.CONCURRENCY, model.limits.max_concurrency, sequences),
+                (adapter, Measure.REQUESTS_PER_MINUTE, model.limits.requests_per_minute, 1),
+                (adapter, Measure.TOKENS_PER_MINUTE, model.limits.tokens_per_minute, tokens),
+            ]
+        charges = [Charge(*charge) for charge in wanted if charge[2] is not None]  # type: ignore[arg-type]
+        if not charges:
             return None
-        if tokens > smallest:
-            raise errors.too_many_tokens_for_key(tokens, smallest)
-        windows: list[tuple[RateLimitItem, float]] = []
-        headers: dict[str, str] = {}
-        for unit, (limit, per_unit) in limits.items():
-            if limit is None:
-                continue
-            item = per_unit(self._part(limit))
-            accepted = await self._tokens.hit(item, _TOKENS, key.name, cost=tokens)
-            reset_time, remaining = await self._tokens.get_window_stats(item, _TOKENS, key.name)
-            windows.append((item, reset_time))
-            seconds = self._seconds_until(reset_time)
-            if not accepted:
-                await self.settle_tokens(Reservation(key.name, tokens, tuple(windows), {}), 0)
-                raise errors.too_many_tokens(limit, unit, seconds)
-            if unit == "minute":
-                headers = _headers("tokens", limit, remaining, seconds)
-        return Reservation(key.name, tokens, tuple(windows), headers)
+        for charge in charges:
+            self._check_alone(charge)
+        counted, decision = await self._admit(charges)
+        if decision.refused is not None:
+            state, refused = decision.states[decision.refused], counted[decision.refused]
+            raise _refusal(charges[decision.refused], _whole_seconds(state.seconds_until(refused)))
+        headers = {}
+        for charge, state in zip(counted, decision.states, strict=True):
+            if charge.measure is Measure.TOKENS_PER_MINUTE and charge.owner == owner:
+                headers = _headers("tokens", key.tokens_per_minute or 0, charge, decision._replace(states=(state,)))
+        return Reservation(charges, [state.start for state in decision.states], headers)
 
-    async def settle_tokens(self, reservation: Reservation, used: int) -> None:
-        """Count the tokens that a request used, instead of those reserved for it.
+    def settle(self, reservation: Reservation, tokens: int) -> None:
+        """Give back the sequences of a request, and count the tokens that it used instead of those reserved.
 
         A window that ended meanwhile keeps its count.
         """
-        for item, reset_time in reservation.windows:
-            if self._wall_clock() < reset_time and used != reservation.tokens:
-                storage_key = item.key_for(_TOKENS, reservation.key)
-                await self._storage.incr(storage_key, item.get_expiry(), amount=used - reservation.tokens)
+        for charge, start in zip(reservation.charges, reservation.starts, strict=True):
+            if charge.measure is Measure.REQUESTS_PER_MINUTE:
+                continue
+            change = -charge.cost if charge.measure is Measure.CONCURRENCY else tokens - charge.cost
+            if change:
+                self._local.settle(charge, start, change)
+                if self._shared is not None:
+                    self._shared.change(charge, start, change)
 
-    @contextmanager
-    def running(self, key: ApiKey, sequences: int) -> Iterator[None]:
-        """Count sequences while their request is held and answered.
+    async def _admit(self, charges: list[Charge]) -> tuple[list[Charge], Decision]:
+        """Return the charges with the limits that were applied, and the decision."""
+        decision = await self._shared.admit(charges) if self._shared is not None else None
+        if decision is not None:
+            if decision.refused is None:
+                self._local.record(charges, decision)
+            return charges, decision
+        parts = [charge._replace(limit=self._part(charge.limit)) for charge in charges]
+        decision = self._local.admit(parts)
+        if self._shared is not None and decision.refused is None:
+            for charge, state in zip(charges, decision.states, strict=True):
+                self._shared.change(charge, state.start, charge.cost)
+        return parts, decision
+
+    def _check_alone(self, charge: Charge) -> None:
+        """Raise if a charge exceeds its limit even when nothing else is used.
 
         Raises:
-            ApiError: 429, the key has as many sequences running as it may; 400, the request alone has more.
+            ApiError: 400.
         """
-        limit = key.max_concurrency
-        if limit is None:
-            yield
+        limit = charge.limit if self._shared is not None else self._part(charge.limit)
+        if charge.cost <= limit:
             return
-        if sequences > self._part(limit):
-            raise errors.too_many_sequences_for_key(sequences, self._part(limit))
-        if self._running[key.name] + sequences > self._part(limit):
-            raise errors.too_many_running(limit)
-        self._running[key.name] += sequences
-        try:
-            yield
-        finally:
-            self._running[key.name] -= sequences
-            if not self._running[key.name]:
-                del self._running[key.name]
-
-    def _seconds_until(self, reset_time: float) -> int:
-        return max(1, math.ceil(reset_time - self._wall_clock()))
+        whose = _whose(charge)
+        if charge.measure is Measure.CONCURRENCY:
+            raise errors.too_many_sequences_for_limit(charge.cost, limit, whose)
+        raise errors.too_many_tokens_for_limit(charge.cost, limit, whose)
 
     def _part(self, limit: int) -> int:
         return math.ceil(limit / self._replicas)
 
 
-def _headers(what: str, limit: int, remaining: int, seconds: int) -> dict[str, str]:
+def _whose(charge: Charge) -> str:
+    """Return the subject of a sentence about a limit."""
+    if charge.owner.startswith(_ADAPTER):
+        return f"The adapter {charge.owner.removeprefix(_ADAPTER)}"
+    return "Your API key"
+
+
+def _refusal(charge: Charge, seconds: int) -> errors.ApiError:
+    whose = _whose(charge)
+    if charge.measure is Measure.CONCURRENCY:
+        return errors.too_many_running(charge.limit, whose)
+    if charge.measure is Measure.REQUESTS_PER_MINUTE:
+        return errors.too_many_requests(charge.limit, seconds, {}, whose)
+    unit = "day" if charge.measure is Measure.TOKENS_PER_DAY else "minute"
+    return errors.too_many_tokens(charge.limit, unit, seconds, whose)
+
+
+def _whole_seconds(seconds: float) -> int:
+    return max(1, math.ceil(seconds))
+
+
+def _headers(what: str, limit: int, charge: Charge, decision: Decision) -> dict[str, str]:
     """Return OpenAI's headers about a limit of requests or tokens."""
+    state = decision.states[0]
+    refused = decision.refused is not None
+    seconds = state.seconds_until(charge) if refused else state.seconds_until_reset(charge.measure)
     return {
         f"x-ratelimit-limit-{what}": str(limit),
-        f"x-ratelimit-remaining-{what}": str(remaining),
-        f"x-ratelimit-reset-{what}": f"{seconds}s",
+        f"x-ratelimit-remaining-{what}": str(max(0, charge.limit - state.used(charge.measure))),
+        f"x-ratelimit-reset-{what}": f"{_whole_seconds(seconds)}s",
     }

@@ -24,6 +24,8 @@ from tunesmith.gateway.keys import KeyTable
 from tunesmith.gateway.metrics import Metrics
 from tunesmith.gateway.proxy import Proxy
 from tunesmith.gateway.quotas import Quotas
+from tunesmith.gateway.shared_counters import SharedCounters, url_in
+from tunesmith.gateway.windows import LocalCounters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,6 +95,16 @@ class Gateway:
             catalog=self.catalog,
             changed=lambda: self.backends.sync(self.catalog.pods()),
         )
+        counters = LocalCounters(time.time)
+        self._shared: SharedCounters | None = None
+        if settings.redis_url_file is not None:
+            self._shared = SharedCounters(
+                url_in(settings.redis_url_file),
+                settings.redis_ca_file,
+                settings.redis_timeout_seconds,
+                counters,
+                self.metrics.limits_are_shared,
+            )
         self.proxy = Proxy(
             session=self._session,
             gateway_keys=gateway_keys,
@@ -103,8 +115,8 @@ class Gateway:
             demand=self.demand,
             metrics=self.metrics,
             limits=settings,
-            quotas=Quotas(settings.replicas, wall_clock=time.time),
             cors=Cors(settings.cors_origins),
+            quotas=Quotas(settings.replicas, counters, self._shared),
             record=write_record if settings.access_log else None,
             clock=loop.time,
             synced=self.feed.synced,
@@ -144,6 +156,8 @@ class Gateway:
             asyncio.create_task(self.feed.run(), name="watches"),
             asyncio.create_task(self._server.sweep(), name="connections"),
         ]
+        if self._shared is not None:
+            self._tasks.append(asyncio.create_task(self._shared.run(), name="shared limits"))
         return self
 
     async def __aexit__(self, *_: object) -> None:

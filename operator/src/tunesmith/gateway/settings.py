@@ -45,6 +45,19 @@ class GatewaySettings(Limits, ClusterSettings):
         int, Field(ge=1, le=1000), ChartValue("gateway.replicas", "toString .Values.gateway.replicas")
     ] = 1
     """Number of gateways that share the limits of API keys."""
+    redis_url_file: Annotated[Path | None, Internal("the Deployment mounts the Secret of gateway.redis.secretName")] = (
+        None
+    )
+    """File with the URL of the Redis that counts the limits of all gateways, `redis://user:password@host:6379/0`, or
+    `rediss://…` with TLS. Empty: each gateway applies its share."""
+    redis_ca_file: Annotated[
+        Path | None, Internal("the Deployment mounts the key gateway.redis.caKey of the same Secret")
+    ] = None
+    """File with the certificates of the authorities that the certificate of Redis must be from; empty: the system's."""
+    redis_timeout_seconds: Annotated[
+        float, Field(gt=0, le=10, allow_inf_nan=False), ChartValue("gateway.redis.timeoutSeconds")
+    ] = 0.25
+    """Seconds after which an unanswered Redis is down and the gateway applies its share, until Redis answers again."""
     access_log: Annotated[bool, ChartValue("gateway.accessLog")] = True
     """Write a line of JSON to stdout for each request, without API keys and contents."""
     cors_origins: Annotated[Origins, ChartValue("gateway.corsOrigins")] = ()
