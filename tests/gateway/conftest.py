@@ -48,7 +48,7 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
                 **limits,
             ).for_memory(512 * MIB)
             gateway = await stack.enter_async_context(Gateway(settings, lambda: watches.gateway_keys, watches))
-            http = await stack.enter_async_context(aiohttp.ClientSession())
+            http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
             rig = Rig(gateway, watches, http, (engine_port, agent_port))
             rigs.append(rig)
             if synced:

@@ -73,6 +73,10 @@ class RedisServer:
             self._process.kill()
             await self._process.wait()
 
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def client(self) -> Redis:
         tls = {"ssl_ca_certs": str(self.ca_file)} if self._tls else {}
         return Redis.from_url(self.url, decode_responses=True, **tls)

@@ -57,7 +57,13 @@ async def test_requests_above_the_bound_do_not_wait(
     rig = await start(hold_seconds=20, **limits)
     rig.watches.put(adapter_manifest("pirate"))
     pod = await rig.add_pod()
-    held = [asyncio.create_task(rig.chat("pirate")) for _ in range(2)]
+    other = rig.add_key("other", home="team")
+    await eventually(lambda: rig.gateway.keys.find(other), "the key is known")
+    held = [asyncio.create_task(rig.chat("pirate"))]
+    await eventually(lambda: waiting(rig) == 1, "one is held")
+    status, answer = await rig.chat("pirate")
+    assert (status, answer["error"]["code"]) == (429, "too_many_waiting"), "a key leaves places to others"
+    held.append(asyncio.create_task(rig.chat("pirate", key=other)))
     await eventually(lambda: waiting(rig) == 2, "two are held")
     status, answer = await rig.chat("pirate")
     assert (status, answer["error"]["code"]) == (503, "too_many_waiting")

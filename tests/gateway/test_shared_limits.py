@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -16,10 +17,10 @@ from tests.gateway.process_rig import DEADLINE, ProcessRig
 from tests.gateway.redis_server import PASSWORD, RedisServer
 from tunesmith.contracts.apikey import key_record, new_key
 from tunesmith.gateway.shared_counters import SharedCounters, url_in
-from tunesmith.gateway.windows import Charge, LocalCounters, Measure
+from tunesmith.gateway.windows import Charge, Decision, LocalCounters, Measure
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
 REPLICAS = 3
@@ -34,6 +35,19 @@ async def redis(tmp_path: Path) -> AsyncIterator[RedisServer]:
     folder.mkdir()
     async with RedisServer(folder, keep=True) as server:
         yield server
+
+
+@asynccontextmanager
+async def counters(
+    url: Callable[[], str], *, local: LocalCounters | None = None, ca_file: Path | None = None, patience: float = 5.0
+) -> AsyncIterator[tuple[SharedCounters, list[bool]]]:
+    """Counters, and the states that they reported."""
+    states: list[bool] = []
+    shared = SharedCounters(url, ca_file, patience, local or LocalCounters(lambda: 0.0), states.append)
+    task = asyncio.create_task(shared.run())
+    yield shared, states
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 class Fleet:
@@ -184,18 +198,16 @@ async def test_without_redis_each_gateway_applies_its_share_and_returns_by_itsel
 
 
 async def test_a_redis_that_lost_its_data_learns_it_again(tmp_path: Path) -> None:
-    async with RedisServer(tmp_path) as redis:
-        local = LocalCounters(lambda: 1000.0)
-        states: list[bool] = []
-        shared = SharedCounters(url_in(redis.url_file), None, 5.0, local, states.append)
-        task = asyncio.create_task(shared.run())
+    now = 1000.0
+    local = LocalCounters(lambda: now)
+    async with RedisServer(tmp_path) as redis, counters(url_in(redis.url_file), local=local) as (shared, states):
         charge = Charge("key/a", Measure.TOKENS_PER_DAY, 100, 60)
         running = Charge("key/a", Measure.CONCURRENCY, 2, 1)
         await eventually(lambda: states[-1:] == [True], "Redis is usable")
         decision = await shared.admit([charge, running])
         assert decision is not None
         assert decision.refused is None
-        local._wall_clock = lambda: decision.states[0].now  # Redis has a clock of its own
+        now = decision.states[0].now  # Redis has a clock of its own
         local.record([charge, running], decision)
         await redis.kill()
         assert await shared.admit([charge]) is None
@@ -207,7 +219,6 @@ async def test_a_redis_that_lost_its_data_learns_it_again(tmp_path: Path) -> Non
         two = await shared.admit([running._replace(cost=2)])
         assert two is not None
         assert two.refused == 0
-        task.cancel()
 
 
 async def test_a_redis_that_does_not_answer_is_given_up() -> None:
@@ -221,21 +232,31 @@ async def test_a_redis_that_does_not_answer_is_given_up() -> None:
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    states: list[bool] = []
-    shared = SharedCounters(lambda: url, None, 0.2, LocalCounters(lambda: 0.0), states.append)
-    task = asyncio.create_task(shared.run())
-    await eventually(lambda: connections >= 2, "it was tried again")
-    assert await shared.admit([Charge("key/a", Measure.CONCURRENCY, 1, 1)]) is None
-    assert not any(states)
-    task.cancel()
-    server.close()
+    async with server, counters(lambda: url, patience=0.2) as (shared, states):
+        await eventually(lambda: connections >= 2, "it was tried again")
+        assert await shared.admit([Charge("key/a", Measure.CONCURRENCY, 1, 1)]) is None
+        assert not any(states)
+
+
+async def test_a_redis_that_hangs_delays_only_the_requests_that_wait_for_it(tmp_path: Path) -> None:
+    charge = Charge("key/a", Measure.TOKENS_PER_DAY, 100, 1)
+    async with (
+        RedisServer(tmp_path) as redis,
+        counters(url_in(redis.url_file), patience=1.0) as (shared, states),
+    ):
+        await eventually(lambda: states[-1:] == [True], "Redis is usable")
+        redis.signal(signal.SIGSTOP)
+        assert await asyncio.gather(*(shared.admit([charge]) for _ in range(1000))) == [None] * 1000
+        request = shared.admit([charge])
+        with pytest.raises(StopIteration) as answered:
+            request.send(None)
+        assert answered.value.value is None, "the next one does not wait at all"
+        redis.signal(signal.SIGCONT)
+        await eventually(lambda: states[-1], "Redis is usable again")
 
 
 async def test_a_request_that_is_cancelled_gives_its_charges_back(tmp_path: Path) -> None:
-    async with RedisServer(tmp_path) as redis:
-        states: list[bool] = []
-        shared = SharedCounters(url_in(redis.url_file), None, 5.0, LocalCounters(lambda: 0.0), states.append)
-        task = asyncio.create_task(shared.run())
+    async with RedisServer(tmp_path) as redis, counters(url_in(redis.url_file)) as (shared, states):
         await eventually(lambda: states[-1:] == [True], "Redis is usable")
         charge = Charge("key/a", Measure.CONCURRENCY, 10, 10)
         for rounds in range(20):
@@ -243,8 +264,8 @@ async def test_a_request_that_is_cancelled_gives_its_charges_back(tmp_path: Path
             for _ in range(rounds):
                 await asyncio.sleep(0)
             request.cancel()
-            await asyncio.gather(request, return_exceptions=True)
-            if not request.cancelled():
+            (decision,) = await asyncio.gather(request, return_exceptions=True)
+            if isinstance(decision, Decision) and decision.refused is None:
                 shared.change(charge, 0.0, -10)
 
         async def fits() -> bool:
@@ -254,16 +275,11 @@ async def test_a_request_that_is_cancelled_gives_its_charges_back(tmp_path: Path
         async with asyncio.timeout(DEADLINE):
             while not await fits():  # noqa: ASYNC110 - polls Redis
                 await asyncio.sleep(0.01)
-        task.cancel()
 
 
 async def test_a_connection_with_tls(tmp_path: Path) -> None:
     async with RedisServer(tmp_path, tls=True) as redis:
-        states: list[bool] = []
         for ca_file, usable in ((None, False), (redis.ca_file, True)):
-            states.clear()
-            shared = SharedCounters(url_in(redis.url_file), ca_file, 5.0, LocalCounters(lambda: 0.0), states.append)
-            task = asyncio.create_task(shared.run())
-            await eventually(lambda: states, "it was tried")
-            assert states[0] == usable, "the certificate is checked"
-            task.cancel()
+            async with counters(url_in(redis.url_file), ca_file=ca_file) as (_, states):
+                await eventually(lambda states=states: states, "it was tried")
+                assert states[0] == usable, "the certificate is checked"

@@ -65,6 +65,12 @@
 {{- if not (kindIs "invalid" .Values.gateway.limits.maxHeldRequests) }}
 - --max-held-requests={{ toJson .Values.gateway.limits.maxHeldRequests }}
 {{- end }}
+{{- if not (kindIs "invalid" .Values.gateway.limits.maxRunningPerPod) }}
+- --max-running-per-pod={{ toJson .Values.gateway.limits.maxRunningPerPod }}
+{{- end }}
+{{- if not (kindIs "invalid" .Values.gateway.limits.queueSeconds) }}
+- --queue-seconds={{ toJson .Values.gateway.limits.queueSeconds }}
+{{- end }}
 - --max-body-bytes={{ toJson .Values.gateway.maxBodyBytes }}
 {{- if not (kindIs "invalid" .Values.gateway.limits.maxSequences) }}
 - --max-sequences={{ toJson .Values.gateway.limits.maxSequences }}

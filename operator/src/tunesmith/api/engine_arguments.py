@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_POSITIVE = re.compile(r"[1-9][0-9]{0,5}", re.ASCII)
 _BY_REASON: Final = {
     "it is set by the pool, usually from a field of its spec": (
         "--dtype", "--enable-lora", "--kv-cache-memory-bytes", "--max-cpu-loras", "--max-lora-rank", "--max-loras",
@@ -144,3 +145,13 @@ VALUES_CEL: Final = (
 forms, with their own message."""
 SHORT_CEL: Final = "!has(self.args) || self.args.all(a, !a.matches('^-[^-0-9.]'))"
 VARIABLES_CEL: Final = f"!has(self.env) || self.env.all(v, !v.name.matches('^({'|'.join(RESERVED_VARIABLES)})$'))"
+
+
+def max_sequences(arguments: Sequence[str]) -> int | None:
+    """Return the value of --max-num-seqs, or None if it is absent or not a positive number; the last one counts."""
+    found = None
+    for index, argument in enumerate(arguments):
+        name, separator, value = argument.partition("=")
+        if name.replace("_", "-") == "--max-num-seqs":
+            found = value if separator else "".join(arguments[index + 1 : index + 2])
+    return int(found) if found is not None and _POSITIVE.fullmatch(found) else None

@@ -21,6 +21,7 @@ from tunesmith.contracts.apikey import (
     KEY_PREFIX,
     MAX_LIMIT,
     ApiKey,
+    Priority,
     key_record,
     new_key,
     parse_key_record,
@@ -83,6 +84,9 @@ def create(
         int | None,
         typer.Option(min=1, max=MAX_LIMIT, help="Sequences (choices × prompts) running at once; absent: no limit."),
     ] = None,
+    priority: Annotated[
+        Priority, typer.Option(help="Its part of a busy pod: High twice that of Normal, Low half of it.")
+    ] = Priority.NORMAL,
     expires_in: Annotated[
         str | None, typer.Option(help="Time after which it is refused, such as 12h or 90d; absent: never.")
     ] = None,
@@ -112,6 +116,7 @@ def create(
                     "tokens_per_day": tokens_per_day,
                     "max_concurrency": max_concurrency,
                 },
+                priority=priority,
                 expires=_after(expires_in, "--expires-in") if expires_in else None,
                 output_format=output_format,
             )
@@ -195,6 +200,7 @@ async def _create(
     gateway_namespace: str,
     *,
     limits: dict[str, int | None],
+    priority: Priority,
     expires: datetime | None,
     output_format: Format,
 ) -> None:
@@ -217,6 +223,7 @@ async def _create(
             home=home,
             namespaces=namespaces,
             models=allowed,
+            priority=priority,
             expires=expires,
             **limits,
         )
@@ -278,6 +285,7 @@ def _fields(key: ApiKey) -> dict[str, Any]:
         "tokensPerMinute": key.tokens_per_minute,
         "tokensPerDay": key.tokens_per_day,
         "maxConcurrency": key.max_concurrency,
+        "priority": key.priority.value,
         "expires": None if key.expires is None else time_text(datetime.fromtimestamp(key.expires, UTC)),
     }
 
@@ -293,6 +301,8 @@ def _limits_text(key: ApiKey, separator: str) -> str:
         )
         if limit is not None
     ]
+    if key.priority is not Priority.NORMAL:
+        texts.append(f"{key.priority} priority")
     return separator.join(texts)
 
 

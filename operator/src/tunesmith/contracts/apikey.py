@@ -12,6 +12,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ MAX_LIMIT = 999_999_999
 _COUNT = re.compile(r"^[1-9][0-9]{0,8}$", re.ASCII)
 
 
+class Priority(StrEnum):
+    """Priority class of a key: its part of a busy pod, relative to those of the other keys."""
+
+    HIGH = "High"
+    NORMAL = "Normal"
+    LOW = "Low"
+
+
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """An API key and its permissions.
@@ -42,6 +51,7 @@ class ApiKey:
         tokens_per_minute: tokens of prompts and answers in a minute; None: no limit.
         tokens_per_day: tokens of prompts and answers in a day; None: no limit.
         max_concurrency: sequences that may run at once; None: no limit.
+        priority: priority class.
         expires: Unix time in seconds from which the key is refused; None: never.
         previous_digest: SHA-256 of the key that this one replaces, or None.
         previous_expires: Unix time in seconds from which the replaced key is refused.
@@ -56,6 +66,7 @@ class ApiKey:
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
     max_concurrency: int | None = None
+    priority: Priority = Priority.NORMAL
     expires: float | None = None
     previous_digest: bytes | None = None
     previous_expires: float = 0.0
@@ -87,6 +98,7 @@ def key_record(
     tokens_per_minute: int | None = None,
     tokens_per_day: int | None = None,
     max_concurrency: int | None = None,
+    priority: Priority = Priority.NORMAL,
     expires: datetime | None = None,
 ) -> dict[str, Any]:
     """Return the ConfigMap that makes a key valid; it contains only the key's hash.
@@ -102,6 +114,7 @@ def key_record(
         tokens_per_minute: tokens of prompts and answers in a minute; None: no limit.
         tokens_per_day: tokens of prompts and answers in a day; None: no limit.
         max_concurrency: sequences that may run at once; None: no limit.
+        priority: priority class.
         expires: time from which the key is refused; None: never.
     """
     limits = {
@@ -124,6 +137,7 @@ def key_record(
             "namespaces": json.dumps(list(namespaces)),
             "models": json.dumps(list(models)),
             **{field: str(value) for field, value in limits.items() if value is not None},
+            **({"priority": priority.value} if priority is not Priority.NORMAL else {}),
             **({"expires": time_text(expires)} if expires else {}),
         },
     }
@@ -163,6 +177,7 @@ def parse_key_record(record: Mapping[str, Any]) -> ApiKey:
         tokens_per_minute=_limit(data, "tokensPerMinute"),
         tokens_per_day=_limit(data, "tokensPerDay"),
         max_concurrency=_limit(data, "maxConcurrency"),
+        priority=_priority(data),
         expires=_time(data, "expires"),
         previous_digest=_digest(data, "previousHash") if "previousHash" in data else None,
         previous_expires=_time(data, "previousExpires") or 0.0,
@@ -183,6 +198,13 @@ def _limit(data: Mapping[str, str], field: str) -> int | None:
     if not _COUNT.match(text.strip()):
         raise ValueError(f"`{field}` must be a number from 1 to {MAX_LIMIT}")
     return int(text)
+
+
+def _priority(data: Mapping[str, str]) -> Priority:
+    try:
+        return Priority(data.get("priority", Priority.NORMAL).strip())
+    except ValueError:
+        raise ValueError(f"`priority` must be {', '.join(Priority)}") from None
 
 
 def _time(data: Mapping[str, str], field: str) -> float | None:

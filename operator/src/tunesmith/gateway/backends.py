@@ -223,6 +223,10 @@ class BackendTable:
         with_slot = needs_slot and not is_base
         return trusted[choose([backend.load(engine_name, needs_slot=with_slot) for backend in trusted], weight)]
 
+    def in_pool(self, pool: PoolKey) -> Iterable[Backend]:
+        """Return the pods of a pool, usable or not."""
+        return self._by_pool.get(pool, {}).values()
+
     def has_pods(self, pool: PoolKey) -> bool:
         """Return True if the pool has pods, usable or not."""
         return pool in self._by_pool

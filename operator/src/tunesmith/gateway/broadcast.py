@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Broadcast:
@@ -13,6 +17,11 @@ class Broadcast:
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self._callbacks: list[Callable[[], None]] = []
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """Call a function at every change."""
+        self._callbacks.append(callback)
 
     def next(self) -> asyncio.Event:
         """Return the event that the next change sets."""
@@ -22,6 +31,8 @@ class Broadcast:
         """Wake all tasks that wait for a change."""
         self._event.set()
         self._event = asyncio.Event()
+        for callback in self._callbacks:
+            callback()
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.api.adapterdeployment import AdapterDeployment, RevisionState
 from tunesmith.api.conditions import AdapterDeploymentCondition, find
+from tunesmith.api.engine_arguments import max_sequences
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.contracts.claims import ModelNameClaim, model_name_claim, winner
 from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
@@ -130,6 +131,7 @@ class Catalog:
         self._claimed: dict[_Claimant, str] = {}
         self._pools: dict[PoolKey, Pool] = {}
         self._hold_seconds: dict[PoolKey, float | None] = {}
+        self._max_sequences: dict[PoolKey, int | None] = {}
         self._pods: dict[tuple[str, str], _PodRecord] = {}
         self._models: dict[str, Model] = {}
         self._by_namespace: dict[str, dict[str, Model]] = {}
@@ -179,6 +181,7 @@ class Catalog:
         base = _base_model(pool)
         self._pools[key] = Pool(key, pool.metadata.uid, base.id, pool.spec.engine.max_model_length)
         self._hold_seconds[key] = pool.hold_seconds
+        self._max_sequences[key] = max_sequences(pool.spec.engine.args or ())
         self._claim(_Claimant("ServingPool", *key), model_name_claim(pool), base)
 
     def remove_pool(self, document: Mapping[str, Any]) -> None:
@@ -186,6 +189,7 @@ class Catalog:
         key = _key_of(document)
         self._pools.pop(key, None)
         self._hold_seconds.pop(key, None)
+        self._max_sequences.pop(key, None)
         self._withdraw(_Claimant("ServingPool", *key))
 
     def put_pod(self, document: Mapping[str, Any]) -> None:
@@ -230,6 +234,10 @@ class Catalog:
     def hold_seconds(self, key: PoolKey) -> float | None:
         """Return the time for which a request may wait for a pod of a pool; None if it is not known."""
         return self._hold_seconds.get(key)
+
+    def max_sequences(self, key: PoolKey) -> int | None:
+        """Return the number of sequences that a pod of the pool computes at once; None if its spec does not set it."""
+        return self._max_sequences.get(key)
 
     def exists(self, name: str) -> bool:
         """Return True if there is a model with this global id, or one with this engine name of a revision."""

@@ -388,6 +388,21 @@ def too_many_waiting(model: str) -> ApiError:
     )
 
 
+def key_waits_too_often(limit: int) -> ApiError:
+    """429: the key's waiting requests use up its part of those that the gateway holds."""
+    return _too_many(
+        f"Your API key has {limit} requests that wait for a pod, the most it may have. Wait for some of its requests to"
+        " finish.",
+        "too_many_waiting",
+        2,
+    )
+
+
+def no_turn(model: str, seconds: float) -> ApiError:
+    """503: the pods that hold the model were busy while the request waited."""
+    return _unavailable(f"All pods that hold `{model}` were busy for {seconds:g} s. Try again later.", "pods_busy", 5)
+
+
 def not_ready(reason: str) -> ApiError:
     """503: the gateway is not ready for requests."""
     return _unavailable(f"The gateway is not ready: {reason}.", "gateway_not_ready", 2)

@@ -36,6 +36,11 @@ class Limits(BaseModel):
     spec.holdSeconds nor a measured start time."""
     max_held_requests: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxHeldRequests")] = 1024
     """Number of requests that may wait for a pod at once."""
+    max_running_per_pod: Annotated[int, Field(ge=1), ChartValue("gateway.limits.maxRunningPerPod")] = 256
+    """Number of sequences that a pod gets at once from all gateways, if its pool's engine.args do not set
+    --max-num-seqs. Further requests wait in the gateway, where API keys take turns."""
+    queue_seconds: Annotated[_Seconds, ChartValue("gateway.limits.queueSeconds")] = 300
+    """Seconds that a request waits for its turn while the pods that hold its model are busy."""
     max_body_bytes: Annotated[
         int, Field(ge=1), ChartValue("gateway.maxBodyBytes", narrower={"minimum": 1024, "maximum": 2**30})
     ] = 4 * MIB

@@ -87,6 +87,7 @@ class Proxy:
     Args:
         gateway_keys: returns the gateway's keys, from which the salts of the prefix cache are derived.
         cors: answers to browsers.
+        replicas: number of gateways.
         not_ready: returns the reason why the gateway is not ready for requests, or None.
     """
 
@@ -104,6 +105,7 @@ class Proxy:
         limits: Limits,
         quotas: Quotas,
         cors: Cors,
+        replicas: int,
         record: Callable[[AccessRecord], None] | None,
         clock: Callable[[], float],
         synced: Callable[[], bool],
@@ -130,7 +132,7 @@ class Proxy:
             return self.closing
 
         self._requests = RequestReader(gateway_keys, keys, catalog, limits, clock=clock, synced=synced, closing=closing)
-        self._hold = RequestHold(catalog, backends, demand, limits, clock=clock)
+        self._hold = RequestHold(catalog, backends, demand, limits, replicas=replicas, clock=clock)
         self._mirrors = Mirrors(
             session,
             backends,
@@ -271,14 +273,15 @@ class Proxy:
         tokens = estimated_tokens(call.body) if call.api.computes else 0
         reservation = await self._quotas.reserve(call.key, call.model, call.body.sequences, tokens)
         generate = self._generate_mirrored if call.api.computes else self._generate
-        if reservation is None:
-            return await generate(call)
-        call.request[LIMIT_HEADERS] |= reservation.headers
+        if reservation is not None:
+            call.request[LIMIT_HEADERS] |= reservation.headers
         try:
             return await generate(call)
         finally:
-            used = call.usage.counts.total if call.answered and call.api.computes else 0
-            self._quotas.settle(reservation, used)
+            self._hold.release(call)
+            if reservation is not None:
+                used = call.usage.counts.total if call.answered and call.api.computes else 0
+                self._quotas.settle(reservation, used)
 
     async def _generate_mirrored(self, call: Call) -> web.StreamResponse:
         """Generate, and mirror the request afterwards if it is in the share of a shadow.

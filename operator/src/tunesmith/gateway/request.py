@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.apikey import ApiKey
     from tunesmith.gateway.apis import Api
+    from tunesmith.gateway.backends import Backend
     from tunesmith.gateway.body import Body
     from tunesmith.gateway.budget import Share
     from tunesmith.gateway.catalog import Catalog, Model
+    from tunesmith.gateway.fairness import Tenant
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.mirror import Mirror
@@ -59,6 +61,7 @@ class Call:
         mirror: gets the answer if the request is mirrored to a shadow afterwards.
         first_token_seconds: the same to the first event of a stream that depends on a token; None: none yet.
         point: chooses its revision during a rollout; None: not needed yet.
+        place: pod on which it has a place, its key and the number of places.
         lost_on: UID of the pod whose engine died while it processed the request; it is sent to another pod once.
     """
 
@@ -82,6 +85,7 @@ class Call:
     pod: str = ""
     first_byte_seconds: float | None = None
     mirror: Mirror | None = None
+    place: tuple[Backend, Tenant, int] | None = None
 
     def session(self) -> bytes:
         """Return the name of its session: its header X-Session-ID, or the string `user` in its body; empty: none."""

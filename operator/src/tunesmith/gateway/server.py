@@ -116,6 +116,7 @@ class Gateway:
             metrics=self.metrics,
             limits=settings,
             cors=Cors(settings.cors_origins),
+            replicas=settings.replicas,
             quotas=Quotas(settings.replicas, counters, self._shared),
             record=write_record if settings.access_log else None,
             clock=loop.time,
