@@ -79,7 +79,8 @@ class RequestHold:
         """Return a pod for a revision, and the revision's name in the engine.
 
         During a rollout, the revision is chosen by its weight, and another one with a weight answers while no usable
-        pod holds the chosen one. Otherwise it is the newest one that any usable pod holds. The call has a place on the pod until `release`.
+        pod holds the chosen one. Otherwise it is the newest one that any usable pod holds. The call has a place on the
+        pod until `release`.
 
         Args:
             call: its model is resolved again while it waits, since revisions change.
