@@ -16,12 +16,12 @@ from tests.serving.conftest import DIGESTS, START
 from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterDeploymentStatus
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import find
-from tunesmith.api.rollout import AdapterRollout, MeasureStatus, RolloutPhase
+from tunesmith.api.rollout import AdapterRollout, MeasureStatus, RolloutPhase, ShadowComparison
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.agent import AdapterParity, PodState, Residency, ResidencyState
-from tunesmith.contracts.traffic import Traffic, TrafficCounts, bucket_of
+from tunesmith.contracts.traffic import Comparison, Traffic, TrafficCounts, bucket_of
 from tunesmith.serving.adapter import AdapterObservation, desired_copies, plan
-from tunesmith.serving.analysis import QueryResult
+from tunesmith.serving.analysis import QueryResult, compare
 from tunesmith.serving.pod import PoolPod
 from tunesmith.serving.resolve import Artifact, Unresolved
 from tunesmith.serving.rollout_status import expressions, rollout_events, without_measures
@@ -108,6 +108,7 @@ class Cluster:
         self.engines = [Engine(f"pod-{number}") for number in range(pods)]
         self.source: Artifact | Unresolved = artifact("a")
         self.status = AdapterDeploymentStatus()
+        self.comparisons: list[Comparison] = []
         self.annotation: str | None = None
         self.damaged: set[str] = set()
         self.parity: dict[str, AdapterParity] = {}
@@ -165,6 +166,7 @@ class Cluster:
             url="",
             queries=self.queries,
             no_queries="",
+            comparisons={name_of("b"): self.comparisons},
         )
 
     def reconcile(self) -> AdapterDeploymentStatus:
@@ -450,8 +452,38 @@ def test_a_shadow_gets_no_answers_to_clients_and_is_promoted(cluster: Build) -> 
     made.serve("b", 100)
     made.wait()
     assert letters(made.status) == "b:0+20 a:100", "answers to clients are not those of the shadow"
+    assert made.status.rollout.comparison is None
+    made.comparisons = [
+        Comparison(start="aa", answers=10, served_tokens=400, shadow_tokens=300, shadow_refusals=1, dropped=2),
+        Comparison(
+            start="bb",
+            answers=10,
+            served_tokens=200,
+            shadow_tokens=200,
+            failures=1,
+            logprob_answers=4,
+            served_logprob=-2.0,
+            shadow_logprob=-1.0,
+        ),
+    ]
+    made.serve("b", 10, shadow=True)
+    found = made.settle().rollout.comparison
+    assert (found.answers, found.failures, found.dropped) == (20, 1, 2)
+    assert (found.shadow_tokens, found.served_tokens) == (25, 30)
+    assert (found.shadow_refusals, found.served_refusals) == (0.05, 0)
+    assert (found.shadow_logprob, found.served_logprob) == (-0.25, -0.5)
+    made.comparisons[0] = Comparison(start="aa", answers=11)
+    before = made.status
+    assert without_measures(made.reconcile()) == without_measures(before), "a new figure alone is not urgent"
     made.serve("b", 30, shadow=True)
     assert letters(made.settle()) == "b"
+    assert made.status.rollout.comparison.answers == 21
+
+
+def test_a_comparison_before_the_first_answer_has_no_means() -> None:
+    found = compare([Comparison(start="aa", dropped=3)])
+    assert found == ShadowComparison(dropped=3)
+    assert compare([]) is None
 
 
 def test_a_newer_digest_replaces_the_canary(cluster: Build) -> None:

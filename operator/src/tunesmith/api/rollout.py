@@ -255,6 +255,30 @@ class PodTraffic(MeasuredTraffic):
     start: str = Field(max_length=32, description="Identity of the process that counts.")
 
 
+class ShadowComparison(StatusModel):
+    """Answers of a shadow beside those that clients got to the same requests, as running gateways report them."""
+
+    answers: Count = Field(default=0, description="Number of requests that both revisions answered.")
+    failures: Count = Field(default=0, description="Number of requests to which the shadow answered with an error.")
+    dropped: Count = Field(
+        default=0, description="Number of requests that were not mirrored, or cancelled, for example because of load."
+    )
+    shadow_tokens: MeasuredValue = Field(default=None, description="Tokens per answer of the shadow.")
+    served_tokens: MeasuredValue = Field(default=None, description="Tokens per answer that clients got.")
+    shadow_refusals: MeasuredValue = Field(
+        default=None, description="Share of the shadow's answers that are refusals or empty, 0 to 1."
+    )
+    served_refusals: MeasuredValue = Field(
+        default=None, description="Share of the answers that clients got that are refusals or empty, 0 to 1."
+    )
+    shadow_logprob: MeasuredValue = Field(
+        default=None,
+        description="Mean log-probability of the tokens of the shadow's answers, in nats. Absent: no request asked for "
+        "log-probabilities.",
+    )
+    served_logprob: MeasuredValue = Field(default=None, description="The same of the answers that clients got.")
+
+
 class RolloutStatus(StatusModel):
     """Observed state of the latest rollout."""
 
@@ -291,6 +315,10 @@ class RolloutStatus(StatusModel):
     )
     traffic: MeasuredTraffic = Field(
         default_factory=MeasuredTraffic, description="Traffic of the new revision since the start of the step."
+    )
+    comparison: ShadowComparison | None = Field(
+        default=None,
+        description="With Shadow: comparison with the answers that clients get. Absent: none has been reported.",
     )
     pods: list[PodTraffic] = Field(
         default_factory=list,

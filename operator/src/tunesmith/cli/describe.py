@@ -12,6 +12,7 @@ from tunesmith.cli.progress import final_condition, live_line
 from tunesmith.contracts.progress import duration
 
 if TYPE_CHECKING:
+    from tunesmith.api.rollout import ShadowComparison
     from tunesmith.api.servingpool import ServingPool, ServingPoolStatus
     from tunesmith.cli.kinds import Resource
 
@@ -167,10 +168,24 @@ def rollout_lines(adapter: AdapterDeployment) -> list[tuple[str, str]]:
         limit = "" if measure.max is None else f" (max {measure.max:g})"
         verdict = {True: "passes", False: "fails", None: measure.message or "unknown"}[measure.passed]
         found.append(("measure", f"{measure.query or measure.measure.value}: {value}{limit}, {verdict}"))
+    if rollout.comparison is not None:
+        found += _comparison(rollout.comparison)
     if rollout.message:
         found.append(("message", rollout.message))
     found += [("rejected", _short(digest)) for digest in status.rejected_digests]
     return found
+
+
+def _comparison(found: ShadowComparison) -> list[tuple[str, str]]:
+    lines = [("compared", f"{found.answers} answers; {found.failures} failed, {found.dropped} were not mirrored")]
+    for what, shadow, served in (
+        ("tokens per answer", found.shadow_tokens, found.served_tokens),
+        ("refusals", found.shadow_refusals, found.served_refusals),
+        ("log-probability", found.shadow_logprob, found.served_logprob),
+    ):
+        if shadow is not None and served is not None:
+            lines.append((what, f"{shadow:g} (clients got {served:g})"))
+    return lines
 
 
 def _short(digest: str) -> str:

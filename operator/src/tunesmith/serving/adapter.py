@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterImport
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import ModelNameClaim
+    from tunesmith.contracts.traffic import Comparison
     from tunesmith.serving.analysis import QueryResult
     from tunesmith.serving.pod import PoolPod
     from tunesmith.serving.rollout import RolloutPlan
@@ -58,7 +59,8 @@ class AdapterObservation:
     of the one that keeps serving. `unplaced`: reason why there is no room for copies, by engine name. `decision`:
     number of desired copies. `imported`: record of the import of its source. `unknown_demand`: reason why the demand is
     not completely known, None if it is. `queries`: results of the PromQL expressions of `spec.rollout.analysis`.
-    `no_queries`: reason why none are evaluated; empty if they are.
+    `no_queries`: reason why none are evaluated; empty if they are. `comparisons`: comparisons of shadows, of each
+    gateway, by engine name.
     """
 
     artifact: Artifact | Unresolved
@@ -72,6 +74,7 @@ class AdapterObservation:
     imported: AdapterImport | None = None
     queries: Mapping[str, QueryResult] = field(default_factory=dict)
     no_queries: str = NO_PROMETHEUS
+    comparisons: Mapping[str, Sequence[Comparison]] = field(default_factory=dict)
 
 
 def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datetime) -> AdapterDeploymentStatus:
@@ -221,7 +224,8 @@ def _evidence(revision: Revision, observation: AdapterObservation) -> Evidence:
         if revision.engine_name in pod.resident or (traffic is not None and traffic.start):
             pods.append(PodMeasure(pod.uid, pod.name, traffic))
     missed = observation.artifact.missed_gates if isinstance(observation.artifact, Artifact) else None
-    return Evidence(pods, revision.parity, missed, observation.queries, observation.no_queries)
+    comparisons = observation.comparisons.get(revision.engine_name, ())
+    return Evidence(pods, revision.parity, missed, observation.queries, observation.no_queries, comparisons)
 
 
 def _is_unchanged(adapter: AdapterDeployment, pool: ServingPool) -> bool:

@@ -17,6 +17,7 @@ from tunesmith.api.rollout import (
     MeasuredTraffic,
     MeasureStatus,
     PodTraffic,
+    ShadowComparison,
 )
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.traffic import Traffic, TrafficCounts, quantile, served_between, shadow_between
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.parity import RevisionParity
     from tunesmith.api.rollout import AnalysisCheck
+    from tunesmith.contracts.traffic import Comparison
 
 _MAX_MESSAGE = 500
 _P95 = 0.95
@@ -72,6 +74,7 @@ class Evidence:
         missed_gates: number of evaluation gates that the artifact missed; None: unknown.
         queries: results of PromQL expressions, as in the spec.
         no_queries: reason why there are no results of expressions; empty if they are evaluated.
+        comparisons: comparisons of its answers as a shadow, of each gateway.
     """
 
     pods: Sequence[PodMeasure] = ()
@@ -79,6 +82,7 @@ class Evidence:
     missed_gates: int | None = None
     queries: Mapping[str, QueryResult] = field(default_factory=dict)
     no_queries: str = ""
+    comparisons: Sequence[Comparison] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,29 @@ class StepTraffic:
 def beginning(reports: Sequence[PodMeasure], *, shadow: bool) -> StepTraffic:
     """Return the traffic of a step that begins now: none."""
     return StepTraffic().followed_by(reports, shadow=shadow)
+
+
+def compare(comparisons: Sequence[Comparison]) -> ShadowComparison | None:
+    """Return the comparison over all gateways; None if none has reported one."""
+    if not comparisons:
+        return None
+
+    def total(figure: str) -> float:
+        return sum(getattr(comparison, figure) for comparison in comparisons)
+
+    def mean(figure: str, count: str) -> float | None:
+        return total(figure) / total(count) if total(count) else None
+
+    return ShadowComparison(
+        answers=int(total("answers")),
+        failures=int(total("failures")),
+        dropped=int(total("dropped")),
+        **{
+            figure: mean(figure, "answers")
+            for figure in ("shadow_tokens", "served_tokens", "shadow_refusals", "served_refusals")
+        },
+        **{figure: mean(figure, "logprob_answers") for figure in ("shadow_logprob", "served_logprob")},
+    )
 
 
 def analyse(

@@ -36,6 +36,7 @@ from tunesmith.serving.analysis import (
     StepTraffic,
     analyse,
     beginning,
+    compare,
     first_failure,
     first_unknown,
     may_begin,
@@ -333,6 +334,8 @@ class _Gradual:
             traffic = traffic.followed_by(pods, shadow=self._is_shadow)
         results = self._results(traffic, state.step_started_at)
         changes = {"traffic": traffic.total, "pods": list(traffic.pods), "measures": results}
+        if self._is_shadow:
+            changes["comparison"] = compare(self.observation.evidence.comparisons) or state.comparison
         return state.model_copy(update=changes), results
 
     def _results(self, traffic: StepTraffic, since: datetime | None) -> list[MeasureStatus]:

@@ -53,7 +53,7 @@ def without_measures(status: AdapterDeploymentStatus) -> AdapterDeploymentStatus
     if status.rollout is None or not status.rollout.is_running:
         return status
     results = [result.model_copy(update={"value": None, "message": None}) for result in status.rollout.measures]
-    changes = {"traffic": MeasuredTraffic(), "pods": [], "measures": results, "message": ""}
+    changes = {"traffic": MeasuredTraffic(), "comparison": None, "pods": [], "measures": results, "message": ""}
     conditions = [
         condition.model_copy(update={"message": ""}) if condition.type in _WITH_PROGRESS else condition
         for condition in status.conditions

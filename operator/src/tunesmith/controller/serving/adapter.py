@@ -114,6 +114,11 @@ class AdapterDeploymentReconciler:
             imported=imported.record if imported is not None else None,
             queries=self._queries.results(adapter.metadata.uid),
             no_queries="" if self._queries.is_enabled else NO_PROMETHEUS,
+            comparisons={
+                revision.engine_name: tuple(self._state.demand.comparisons(revision.engine_name).values())
+                for revision in adapter.status.revisions
+                if revision.shadow_percent
+            },
         )
         status = plan(adapter, observation, self._context.now())
         self._queries.want(adapter.metadata.uid, expressions(adapter, status))
