@@ -10,7 +10,7 @@ import pytest
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.cli.describe import age, lines, next_step, summary, waiting
+from tunesmith.cli.describe import age, lines, next_step, rollout_lines, summary, waiting
 from tunesmith.cli.errors import CliError
 from tunesmith.cli.kinds import Kind, parse, parse_kind
 from tunesmith.cli.wait import final_failure, serves
@@ -201,3 +201,29 @@ def test_an_age_is_written_as_kubectl_does(seconds: int, text: str) -> None:
 
 def test_an_available_pool_is_not_waiting() -> None:
     assert waiting(pool(conditions=[condition("Available", "True", "PodsReady")])) == ""
+
+
+def test_a_rollout_shows_how_the_answers_of_a_shadow_differ() -> None:
+    comparison = {
+        "answers": 412,
+        "dropped": 3,
+        "shadowTokens": 138.24,
+        "servedTokens": 151.9,
+        "shadowRefusals": 0.0024,
+        "servedRefusals": 0.0,
+    }
+    rollout = {
+        "phase": "Progressing",
+        "digest": DIGEST,
+        "startedAt": NOW.isoformat(),
+        "step": 1,
+        "steps": 2,
+        "comparison": comparison,
+    }
+    shadow = {**revision("Resident", 1), "weight": 0, "shadowPercent": 20}
+    found = rollout_lines(adapter(rollout=rollout, revisions=[shadow]))
+    assert ("mirrored", "20 % to aaaaaaaaaaaa, 1 pod") in found
+    assert ("compared", "412 answers; 0 failed, 3 were not mirrored") in found
+    assert ("tokens per answer", "138.2 (clients got 151.9)") in found
+    assert ("refusals", "0.0024 (clients got 0)") in found
+    assert "log-probability" not in dict(found)
