@@ -281,6 +281,7 @@ def test_minimal_pool_and_adapter_get_the_defaults(apiserver: ApiServer, namespa
         "maxReplicas": 3,
         "targetConcurrency": 16,
         "scaleDownDelaySeconds": 120,
+        "idleSeconds": 300,
     }
     apiserver.apply(adapter(namespace))
     spec = apiserver.get("adep", "tone", "-n", namespace)["spec"]

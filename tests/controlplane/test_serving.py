@@ -288,7 +288,8 @@ async def test_load_adds_a_copy_on_a_second_pod_and_removes_it(world: World) -> 
         status = (await world.get("busy"))["status"]
         assert status["desiredReplicas"] == 2
         assert re.fullmatch(
-            r"\d+ requests running or waiting, 8 per copy: (2 copies|3 copies, limited to 2 by maxReplicas)",
+            r"\d+ requests running or waiting on average over \d+ s, 8 per copy: (2 copies|3 copies, limited to 2 by "
+            r"maxReplicas)",
             status["desiredReason"],
         )
         pool_status = (await world.get("small", "ServingPool"))["status"]
@@ -301,6 +302,35 @@ async def test_load_adds_a_copy_on_a_second_pod_and_removes_it(world: World) -> 
         assert len(world.pods.holders(quiet)) == 1
         assert front.refused == 0
     await world.until_condition("busy", "Ready", "True")
+
+
+async def test_an_idle_adapter_and_its_pool_go_to_zero_and_the_next_request_brings_both_back(world: World) -> None:
+    rule = {"minReplicas": 0, "maxReplicas": 1, "scaleDownDelaySeconds": 1, "idleSeconds": 10}
+    await world.pool(autoscaling=rule)
+    await world.train("talk")
+    async with gateway(world.cluster, "default") as front:
+        await world.serve("seldom", "talk", autoscaling=rule)
+        model = world.engine_name("seldom", "talk")
+        await world.until_condition("seldom", "Ready", "True", "Resident")
+        await world.until_condition("seldom", "Ready", "True", "ScaledToZero")
+        status = (await world.get("seldom"))["status"]
+        assert (status["phase"], status["desiredReplicas"]) == ("Idle", 0)
+        assert [revision["state"] for revision in status["revisions"]] == ["Idle"], "the gateway holds its requests"
+        await world.until(lambda: not world.pods.agents, "the pool has no pod")
+        await world.until_condition("small", "Available", "False", "ScaledToZero", kind="ServingPool")
+        await front.set(**{f"{world.namespace}/seldom": 1})
+        await world.until_holders(model, 1)
+        assert (await world.get("seldom"))["status"]["desiredReason"].endswith("1 copy")
+        assert front.refused == 0
+
+
+async def test_a_schedule_with_an_unknown_time_zone_is_reported(world: World) -> None:
+    await world.pool()
+    await world.train("talk")
+    schedule = {"minReplicas": 2, "start": "08:00", "end": "18:00", "timeZone": "Europe/Nowhere"}
+    await world.serve("pirate", "talk", autoscaling={"maxReplicas": 2, "schedules": [schedule]})
+    found = await world.until_condition("pirate", "ScalingActive", "False", "InvalidSchedule")
+    assert found["message"].startswith("spec.autoscaling.schedules[0].timeZone Europe/Nowhere does not exist")
 
 
 async def test_nothing_shrinks_without_gateways(world: World) -> None:

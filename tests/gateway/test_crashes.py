@@ -245,7 +245,7 @@ async def test_the_pools_hold_time_is_used(start: Callable[..., Awaitable[Rig]])
 async def test_a_pool_without_pods_is_not_waited_for_longer(rig: Rig) -> None:
     rig.watches.put(pool_manifest(status={"engineStartSeconds": 300}))
     rig.watches.put(adapter_manifest("pirate"))
-    await eventually(lambda: rig.gateway.catalog.hold_seconds(("serving", "pool")), "the pool is known")
+    await eventually(lambda: rig.gateway.catalog.start_of(("serving", "pool")).hold_seconds, "the pool is known")
     status, answer = await rig.chat("pirate")
     assert (status, answer["error"]["code"]) == (503, "no_pod_ready")
     assert "within 0.5 s" in answer["error"]["message"]

@@ -50,6 +50,19 @@ async def test_a_request_that_waited_too_long_is_a_503_with_retry_after(rig: Rig
     assert "0.5 s" in answer["error"]["message"]
 
 
+async def test_a_request_waits_as_long_as_its_pool_asks_for_the_first_pod_of_a_pool_at_zero(rig: Rig) -> None:
+    """Without that, it waits for the gateway's time. The time to try again is the measured start."""
+    pool = rig.pool | {
+        "spec": rig.pool["spec"] | {"holdSeconds": 1, "autoscaling": {"minReplicas": 0, "maxReplicas": 1}},
+        "status": {"engineStartSeconds": 43},
+    }
+    rig.watches.put(pool)
+    await eventually(lambda: rig.gateway.catalog.start_of(("serving", "pool")).from_zero, "the pool is known")
+    status, answer, headers = await rig.post({"model": "serving/base"})
+    assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "no_pod_ready", "43")
+    assert "within 1 s" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("limits", [{"max_held_requests": 2}])
 async def test_requests_above_the_bound_do_not_wait(
     start: Callable[..., Awaitable[Rig]], limits: dict[str, int]

@@ -13,7 +13,7 @@ from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.agent import Residency, ResidencyState
 from tunesmith.contracts.claims import model_name_claim
-from tunesmith.serving.adapter import AdapterObservation, desired_copies, needs_room, plan
+from tunesmith.serving.adapter import AdapterObservation, desired_copies, needs_room, plan, was_never_loaded
 from tunesmith.serving.resolve import Artifact, Unresolved
 
 if TYPE_CHECKING:
@@ -315,6 +315,39 @@ def test_desired_copies(revision: Build) -> None:
     assert desired(revision("b"), revision("a", state="Resident", ready=2)) == [("a", 2), ("b", 3)]
     assert desired(revision("b"), revision("a")) == [("a", 1), ("b", 3)]
     assert desired(revision("b", state="Failed"), revision("a", state="Resident", ready=1)) == [("a", 3), ("b", 1)]
+    assert desired_copies([revision("a", state="Idle")], 0) == [(revision("a", state="Idle"), 0)]
+
+
+def test_an_idle_adapter_is_ready_for_the_next_request(status: Build, pod: Build, revision: Build) -> None:
+    """It stays so while its pods unload it and afterwards."""
+    for pods in ([pod("p", holds={A: "Resident"})], [pod("p")], []):
+        for state in ("Resident", "Idle"):
+            got = status(artifact("a"), pods, revisions=[revision("a", state=state)], copies=0)
+            assert shown(got) == {
+                "Resolved": "True Resolved",
+                "Ready": "True ScaledToZero",
+                "Progressing": "False Settled",
+            }
+            assert (got.phase, got.revisions[0].state, got.desired_replicas) == ("Idle", "Idle", 0)
+
+
+def test_an_idle_adapter_that_is_needed_again_is_being_loaded(status: Build, pod: Build, revision: Build) -> None:
+    idle = revision("a", state="Idle")
+    waiting = status(artifact("a"), [pod("p")], revisions=[idle])
+    assert (waiting.phase, waiting.revisions[0].state) == ("Loading", "Pending")
+    resident = status(artifact("a"), [pod("p", holds={A: "Resident"})], revisions=[idle])
+    assert (resident.phase, resident.revisions[0].state) == ("Ready", "Resident")
+
+
+def test_a_new_revision_of_an_idle_adapter_must_be_loaded_once(
+    adapter: Build, status: Build, pod: Build, revision: Build
+) -> None:
+    got = status(artifact("b"), [pod("p")], revisions=[revision("a", state="Idle")], copies=0)
+    assert names(got) == ["b Pending 0", "a Idle 0"]
+    assert was_never_loaded(adapter(status=got.manifest()))
+    loaded = status(artifact("b"), [pod("p", holds={B: "Resident"})], revisions=got.revisions)
+    assert names(loaded) == ["b Resident 1"]
+    assert not was_never_loaded(adapter(status=loaded.manifest()))
 
 
 def test_an_adapter_that_cannot_be_loaded_needs_no_room(adapter: Build, revision: Build) -> None:

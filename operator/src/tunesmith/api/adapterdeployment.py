@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.api.adapter_limits import AdapterLimits
+from tunesmith.api.autoscaling import AdapterAutoscaling, replicas_or_autoscaling
 from tunesmith.api.conditions import Condition
 from tunesmith.api.continue_from import Digest, FineTuneJobReference
 from tunesmith.api.credentials import SecretReference
@@ -16,7 +17,7 @@ from tunesmith.api.image_volume import IMAGE_EXAMPLE, IMAGE_PATTERN
 from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel, StringPattern
 from tunesmith.api.parity import ParityMode, RevisionParity
 from tunesmith.api.rollout import MAX_REJECTED, AdapterRollout, HandledCommand, RevisionReference, RolloutStatus
-from tunesmith.api.servingpool import MAX_LISTED_PODS, MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
+from tunesmith.api.servingpool import MAX_LISTED_PODS, MAX_MODEL_NAME, ModelName
 from tunesmith.api.uri import MAX_URI, secret_rule, uri_rules
 from tunesmith.storage.schemes import Use, examples, pattern
 
@@ -82,24 +83,6 @@ class PoolReference(ApiModel):
     name: ResourceName = Field(description="Name of the ServingPool.")
     namespace: ResourceName | None = Field(
         default=None, description="Its namespace. Absent: that of the AdapterDeployment."
-    )
-
-
-class AdapterAutoscaling(ApiModel):
-    """Bounds and target for the number of pods on which the adapter is resident."""
-
-    rules = (min_below_max,)
-
-    min_replicas: int = Field(default=1, ge=1, le=1000, description="Minimum number of pods.")
-    max_replicas: int = Field(ge=1, le=1000, description="Maximum number of pods.")
-    target_concurrency: int = Field(
-        default=8,
-        ge=1,
-        le=10000,
-        description="Target number of running and waiting requests per pod on which the adapter is resident.",
-    )
-    scale_down_delay_seconds: int = Field(
-        default=120, ge=0, le=86400, description="Seconds for which fewer copies must suffice before one is removed."
     )
 
 
@@ -172,6 +155,7 @@ class RevisionState(StrEnum):
     PENDING = "Pending"
     LOADING = "Loading"
     RESIDENT = "Resident"
+    IDLE = "Idle"
     FAILED = "Failed"
 
 
@@ -200,7 +184,8 @@ class Revision(StatusModel):
     engine_name: str = Field(max_length=256, description="Name of the revision in the engine and in responses.")
     state: RevisionState = Field(
         description="State of the revision. Pending: not requested from a pod yet. Loading: being downloaded or "
-        "loaded. Resident: loaded on a ready pod. Failed: cannot be loaded; see message."
+        "loaded. Resident: loaded on a ready pod. Idle: was resident, and is on no pod while there are no "
+        "requests. Failed: cannot be loaded; see message."
     )
     ready_replicas: int = Field(default=0, ge=0, description="Number of ready pods on which the revision is resident.")
     message: str | None = Field(
@@ -242,6 +227,7 @@ class AdapterPhase(StrEnum):
     WAITING = "Waiting"
     LOADING = "Loading"
     READY = "Ready"
+    IDLE = "Idle"
     FAILED = "Failed"
 
 
@@ -251,7 +237,8 @@ class AdapterDeploymentStatus(StatusModel):
     phase: AdapterPhase | None = Field(
         default=None,
         description="Summary of the conditions. Waiting: there is no revision yet. Loading: no revision is "
-        "resident yet. Ready: requests are answered. Failed: a problem needs action; see reason.",
+        "resident yet. Ready: requests are answered. Idle: there are no "
+        "requests, and the next one waits until a pod holds the adapter. Failed: a problem needs action; see reason.",
     )
     reason: str | None = Field(
         default=None, max_length=64, description="Reason of the condition that the phase is derived from."

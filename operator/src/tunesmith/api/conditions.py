@@ -259,7 +259,11 @@ class ServingPoolReason(Reason):
 
     PODS_READY = _normal("PodsReady", "At least one pod is ready.")
     NO_POD_READY = _normal("NoPodReady", "No pod is ready yet, and none reports a problem.")
-    SCALED_TO_ZERO = _normal("ScaledToZero", "spec.replicas is 0: raise it to serve.")
+    SCALED_TO_ZERO = _normal(
+        "ScaledToZero",
+        "The pool has no pods: with autoscaling because there is no request, and the next one starts a pod; otherwise "
+        "because spec.replicas is 0.",
+    )
     ROLLING_OUT = _normal("RollingOut", "Pods are being replaced because their settings changed.")
     PODS_CURRENT = _normal("PodsCurrent", "Every pod has the current settings.")
     UPDATE_PENDING = _normal(
@@ -317,6 +321,9 @@ class ServingPoolReason(Reason):
     )
     DEMAND_KNOWN = _detail("DemandKnown", "Every gateway reports its requests.")
     GATEWAY_SILENT = _warning("GatewaySilent", "A gateway does not report its requests, so nothing is scaled down.")
+    INVALID_SCHEDULE = _warning(
+        "InvalidSchedule", "A time zone of spec.autoscaling.schedules does not exist, so the schedule has no effect."
+    )
     FINGERPRINTS_DIFFER = _warning("FingerprintsDiffer", "The pods downloaded different versions of the base model.")
 
 
@@ -382,6 +389,12 @@ class AdapterDeploymentReason(Reason):
     )
     DEMAND_KNOWN = _detail("DemandKnown", "Every gateway reports its requests.")
     GATEWAY_SILENT = _warning("GatewaySilent", "A gateway does not report its requests, so no copy is removed.")
+    INVALID_SCHEDULE = _warning(
+        "InvalidSchedule", "A time zone of spec.autoscaling.schedules does not exist, so the schedule has no effect."
+    )
+    SCALED_TO_ZERO = _normal(
+        "ScaledToZero", "There is no request, so no pod holds the adapter. The next request waits until one does."
+    )
 
 
 class EventReason(Reason):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.api import engine_arguments
+from tunesmith.api.autoscaling import PoolAutoscaling, replicas_or_autoscaling
 from tunesmith.api.conditions import Condition
 from tunesmith.api.model import (
     API_VERSION,
@@ -56,19 +57,6 @@ Fingerprint = Annotated[
         "a fingerprint is sha256: and 64 hex digits, as in status.baseModelFingerprint of a ServingPool",
     ),
 ]
-min_below_max = Rule(
-    "self.minReplicas <= self.maxReplicas",
-    "autoscaling.minReplicas must not be above autoscaling.maxReplicas",
-    lambda self: self.min_replicas <= self.max_replicas,
-)
-replicas_or_autoscaling = Rule(
-    # While autoscaling is set, replicas does not change; when autoscaling is added, replicas is the default or
-    # unchanged.
-    "!has(self.autoscaling) || (oldSelf.hasValue() && self.replicas == oldSelf.value().replicas) || "
-    "(self.replicas == 1 && !(oldSelf.hasValue() && has(oldSelf.value().autoscaling)))",
-    "replicas is set by autoscaling: remove autoscaling first",
-    old=True,
-)
 
 
 class EnvironmentVariable(ApiModel):
@@ -162,24 +150,6 @@ class Engine(ApiModel):
     def adapter_capacity(self) -> int:
         """Maximum number of registered adapters per pod."""
         return max(_DEFAULT_MAX_ADAPTERS, self.max_loras) if self.max_adapters is None else self.max_adapters
-
-
-class PoolAutoscaling(ApiModel):
-    """Bounds and target for the number of pods."""
-
-    rules = (min_below_max,)
-
-    min_replicas: int = Field(default=1, ge=1, le=1000, description="Minimum number of pods.")
-    max_replicas: int = Field(ge=1, le=1000, description="Maximum number of pods.")
-    target_concurrency: int = Field(
-        default=16,
-        ge=1,
-        le=10000,
-        description="Target number of concurrent requests per pod, over all adapters and the base model.",
-    )
-    scale_down_delay_seconds: int = Field(
-        default=120, ge=0, le=86400, description="Seconds for which fewer pods must suffice before one is removed."
-    )
 
 
 class Requests(ApiModel):

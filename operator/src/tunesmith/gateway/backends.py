@@ -231,6 +231,10 @@ class BackendTable:
         """Return True if the pool has pods, usable or not."""
         return pool in self._by_pool
 
+    def has_ready_pods(self, pool: PoolKey) -> bool:
+        """Return True if the pool has a pod that is ready in Kubernetes."""
+        return any(backend.pod.ready for backend in self._by_pool.get(pool, {}).values())
+
     def suspect(self, backend: Backend) -> None:
         """Record that the pod did not accept a connection: it is tried last for `SUSPECT_SECONDS`."""
         backend.suspect_until = self._clock() + SUSPECT_SECONDS

@@ -88,6 +88,21 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolStart:
+    """Start of a pool's pods.
+
+    Attributes:
+        hold_seconds: time for which a request may wait for a pod; None if it is not known.
+        start_seconds: measured time from the start of the engine until it accepts adapters; None if it is not known.
+        from_zero: True if a request makes the pool start its first pod.
+    """
+
+    hold_seconds: float | None = None
+    start_seconds: float | None = None
+    from_zero: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Pod:
     """A pool's pod that has an address. `ready`: its Ready condition is True and it is not being deleted."""
 
@@ -130,7 +145,7 @@ class Catalog:
         self._claims: dict[str, dict[_Claimant, tuple[ModelNameClaim, Model]]] = {}
         self._claimed: dict[_Claimant, str] = {}
         self._pools: dict[PoolKey, Pool] = {}
-        self._hold_seconds: dict[PoolKey, float | None] = {}
+        self._starts: dict[PoolKey, PoolStart] = {}
         self._max_sequences: dict[PoolKey, int | None] = {}
         self._pods: dict[tuple[str, str], _PodRecord] = {}
         self._models: dict[str, Model] = {}
@@ -178,9 +193,11 @@ class Catalog:
         except ValueError:
             self.remove_pool(document)
             raise
-        base = _base_model(pool)
+        base, rule = _base_model(pool), pool.spec.autoscaling
         self._pools[key] = Pool(key, pool.metadata.uid, base.id, pool.spec.engine.max_model_length)
-        self._hold_seconds[key] = pool.hold_seconds
+        self._starts[key] = PoolStart(
+            pool.hold_seconds, pool.status.engine_start_seconds, from_zero=rule is not None and rule.min_replicas == 0
+        )
         self._max_sequences[key] = max_sequences(pool.spec.engine.args or ())
         self._claim(_Claimant("ServingPool", *key), model_name_claim(pool), base)
 
@@ -188,7 +205,7 @@ class Catalog:
         """Forget a ServingPool."""
         key = _key_of(document)
         self._pools.pop(key, None)
-        self._hold_seconds.pop(key, None)
+        self._starts.pop(key, None)
         self._max_sequences.pop(key, None)
         self._withdraw(_Claimant("ServingPool", *key))
 
@@ -231,9 +248,9 @@ class Catalog:
         pool = None if key is None else self._pools.get(key)
         return None if pool is None else pool.uid
 
-    def hold_seconds(self, key: PoolKey) -> float | None:
-        """Return the time for which a request may wait for a pod of a pool; None if it is not known."""
-        return self._hold_seconds.get(key)
+    def start_of(self, key: PoolKey) -> PoolStart:
+        """Return how long a pool's pods take to start."""
+        return self._starts.get(key, PoolStart())
 
     def max_sequences(self, key: PoolKey) -> int | None:
         """Return the number of sequences that a pod of the pool computes at once; None if its spec does not set it."""

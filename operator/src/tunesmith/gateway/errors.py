@@ -364,13 +364,13 @@ def crashes_engines(model: str, digest: str, crashes: int, seconds: float) -> Ap
     )
 
 
-def no_pod_ready(model: str, seconds: float) -> ApiError:
+def no_pod_ready(model: str, seconds: float, retry_after: int) -> ApiError:
     """503: no pod held the model while the request waited."""
     return _unavailable(
         f"No pod that holds `{model}` became ready within {seconds:g} s. Try again later;"
         " `tunesmith models` shows the reason.",
         "no_pod_ready",
-        5,
+        retry_after,
     )
 
 

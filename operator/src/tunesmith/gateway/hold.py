@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tunesmith.gateway.request import Call
 
 _RETRY_PAUSE_SECONDS = 0.25
+_RETRY_SECONDS = 5
 _NO_POOL = ("", "")
 
 
@@ -167,16 +168,29 @@ class RequestHold:
         seconds = self._limits.queue_seconds if busy else self._hold_seconds(call)
         left = call.arrived + seconds - self._clock()
         if left <= 0:
-            raise errors.no_turn(model.id, seconds) if busy else errors.no_pod_ready(model.id, seconds)
+            raise (
+                errors.no_turn(model.id, seconds)
+                if busy
+                else errors.no_pod_ready(model.id, seconds, self._retry_seconds(call))
+            )
         return left
 
     def _hold_seconds(self, call: Call) -> float:
         """Return the time for which a call may wait: longer if an engine of its pool may be starting."""
         pool = call.model.pool
-        if pool is None or not self._backends.has_pods(pool):
+        if pool is None:
             return self._limits.hold_seconds
-        seconds = self._catalog.hold_seconds(pool)
-        return self._limits.hold_seconds if seconds is None else seconds
+        start = self._catalog.start_of(pool)
+        if start.hold_seconds is None or not (start.from_zero or self._backends.has_pods(pool)):
+            return self._limits.hold_seconds
+        return start.hold_seconds
+
+    def _retry_seconds(self, call: Call) -> int:
+        """Return the time after which a client should try again: the pool's measured start, if it has no pod."""
+        pool = call.model.pool
+        if pool is None or self._backends.has_ready_pods(pool):
+            return _RETRY_SECONDS
+        return max(_RETRY_SECONDS, math.ceil(self._catalog.start_of(pool).start_seconds or 0))
 
     def _pick(self, call: Call, refused: set[str], closed: set[str] | None = None) -> tuple[Backend, str] | None:
         """Return a pod and the revision that it holds; closed pods do not change the choice of the revision."""

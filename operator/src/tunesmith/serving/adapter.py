@@ -22,6 +22,7 @@ from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.parity import ParityVerdict
 from tunesmith.api.rollout import RolloutPhase
 from tunesmith.api.servingpool import MAX_LISTED_PODS, ServingPool
+from tunesmith.autoscale.schedule import unknown_time_zone
 from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.sentence import one_line
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterImport
+    from tunesmith.api.autoscaling import AdapterAutoscaling
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import ModelNameClaim
     from tunesmith.contracts.traffic import Comparison
@@ -48,6 +50,7 @@ NO_PROMETHEUS = (
     "the installation names no Prometheus: ask the platform's engineers to set the chart's value prometheus.url"
 )
 _MAX_MESSAGE_LENGTH = 2000
+_WAS_RESIDENT = frozenset({RevisionState.RESIDENT, RevisionState.IDLE})
 _IN_PROGRESS = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
 
 
@@ -92,7 +95,7 @@ def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datet
     if parity is not None:
         conditions[AdapterDeploymentCondition.PARITY] = parity
     if adapter.spec.autoscaling is not None:
-        conditions[AdapterDeploymentCondition.SCALING_ACTIVE] = builder.scaling()
+        conditions[AdapterDeploymentCondition.SCALING_ACTIVE] = builder.scaling(adapter.spec.autoscaling)
     holders = [
         pod
         for pod in observation.pods
@@ -137,14 +140,26 @@ def _pool(adapter: AdapterDeployment, observation: AdapterObservation) -> PoolRe
     return None if gone or not adapter.status.revisions else adapter.status.pool
 
 
+def copies_of(adapter: AdapterDeployment) -> int:
+    """Return the desired number of copies; 1 for a new AdapterDeployment."""
+    desired = adapter.status.desired_replicas
+    return 1 if desired is None else desired
+
+
+def was_never_loaded(adapter: AdapterDeployment) -> bool:
+    """Return True if no pod has held the newest revision yet, and it is not known to fail."""
+    revisions = adapter.status.revisions
+    return not revisions or revisions[0].state in {RevisionState.PENDING, RevisionState.LOADING}
+
+
 def desired_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Revision, int]]:
     """Return each revision with the number of pods that should hold it, serving revisions first.
 
     During a rollout the status has these numbers. A revision that failed permanently is tried on one pod if it has
     room, since a newer pod may be able to load it.
     """
-    if not revisions:
-        return []
+    if not revisions or desired == 0:
+        return [(revision, 0) for revision in revisions]
     newest, older = revisions[0], revisions[1:]
     if newest.weight is not None:
         return [(revision, revision.desired_replicas or desired) for revision in (*older, newest)]
@@ -210,6 +225,8 @@ def _observed_revisions(
         previous = next((revision for revision in known if revision.engine_name == source.engine_name), None)
         if previous is not None and previous.state is RevisionState.FAILED and _is_unchanged(adapter, observation.pool):
             source = previous.model_copy(update={"uri": source.uri})
+        elif previous is not None and previous.state in _WAS_RESIDENT:
+            source = source.model_copy(update={"state": previous.state})
     ordered = in_order(adapter, source, known)
     return [_observed(revision, observation) for revision in ordered], source.digest if source is not None else None
 
@@ -253,7 +270,9 @@ def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
         if failures
         else (revision.message if has_failed else observation.unplaced.get(revision.engine_name))
     )
-    if resident:
+    if observation.decision.replicas == 0 and revision.state in _WAS_RESIDENT:
+        state = RevisionState.IDLE
+    elif resident:
         state = RevisionState.RESIDENT
     elif has_failed or any(entry.permanent for _, entry in failures):
         # It stays failed while it is retried or has no place, so that it does not compete with loadable revisions.
@@ -310,6 +329,7 @@ class _ConditionBuilder:
         self.revisions = rolled.revisions
         self.rolled = rolled
         self.serving = next((revision for revision in self.revisions if revision.ready_replicas > 0), None)
+        self.idle = next((revision for revision in self.revisions if revision.state is RevisionState.IDLE), None)
 
     def resolved(self) -> _ConditionState:
         taken = self.observation.lost_to
@@ -339,6 +359,9 @@ class _ConditionBuilder:
         )
 
     def ready(self) -> _ConditionState:
+        if self.idle is not None:
+            message = f"no request: the next one waits until revision {short(self.idle.digest)} is on a pod again"
+            return ConditionStatus.TRUE, Reason.SCALED_TO_ZERO, message
         if self.serving is not None:
             newest = self.revisions[0]
             if newest.weight is not None:
@@ -378,6 +401,8 @@ class _ConditionBuilder:
         if newest is not None and newest.weight is not None and rollout is not None:
             reason = Reason.ROLLOUT_PAUSED if rollout.paused else Reason.ROLLING_OUT
             return ConditionStatus.TRUE, reason, rollout.message or self._shares()
+        if self.idle is not None and newest is self.idle:
+            return self._given_up() or (ConditionStatus.FALSE, Reason.SETTLED, "no request: the adapter needs no pod")
         if newest is not None and newest.ready_replicas >= self.observation.decision.replicas:
             given_up = self._given_up()
             if given_up is not None:
@@ -411,13 +436,17 @@ class _ConditionBuilder:
         by_check = rollout is not None and is_latest and rollout.phase is RolloutPhase.ROLLED_BACK
         return ConditionStatus.FALSE, Reason.ROLLED_BACK if by_check else Reason.ROLLOUT_ABORTED, message
 
-    def scaling(self) -> _ConditionState:
+    def scaling(self, rule: AdapterAutoscaling) -> _ConditionState:
+        if (unknown := unknown_time_zone(rule)) is not None:
+            return ConditionStatus.FALSE, Reason.INVALID_SCHEDULE, unknown
         if self.observation.unknown_demand is not None:
             message = f"{self.observation.unknown_demand}: no copy is removed"
             return ConditionStatus.FALSE, Reason.GATEWAY_SILENT, message
         return ConditionStatus.TRUE, Reason.DEMAND_KNOWN, "every gateway reports its requests"
 
     def phase(self) -> AdapterPhase:
+        if self.idle is not None:
+            return AdapterPhase.IDLE
         if self.serving is not None:
             return AdapterPhase.READY
         if self.observation.lost_to is not None or (self.revisions and self.revisions[0].state is RevisionState.FAILED):

@@ -13,10 +13,11 @@ from tunesmith.api.conditions import ServingPoolReason as Reason
 from tunesmith.api.image_volume import image_volume
 from tunesmith.api.pool_base_model import PodBaseModel
 from tunesmith.api.servingpool import MAX_LISTED_PODS, PodUsage, PoolPhase, ServingPoolStatus
+from tunesmith.autoscale.schedule import unknown_time_zone
 from tunesmith.contracts.agent import DesiredAdapter, PodUse, ResidencyState
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
-from tunesmith.serving.adapter import desired_copies
+from tunesmith.serving.adapter import copies_of, desired_copies
 from tunesmith.serving.crashes import crash_status
 from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, is_evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.autoscaling import PoolAutoscaling
     from tunesmith.api.servingpool import PoolRollback, ServingPool
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import ModelNameClaim
@@ -212,7 +214,7 @@ def _desired_revisions(
             for revision in adapter.status.revisions
             if revision.base_model
         ]
-        for revision, copies in desired_copies(adapter.status.revisions, adapter.status.desired_replicas or 1):
+        for revision, copies in desired_copies(adapter.status.revisions, copies_of(adapter)):
             if revision.engine_name not in revisions and revision.uri is not None and not revision.base_model:
                 revisions[revision.engine_name] = DesiredAdapter(
                     engine_name=revision.engine_name,
@@ -360,7 +362,7 @@ def _status(
     if pool.base_job is not None:
         conditions[ServingPoolCondition.RESOLVED] = _resolved(pool, observation)
     if pool.spec.autoscaling is not None:
-        conditions[ServingPoolCondition.SCALING_ACTIVE] = _scaling(observation)
+        conditions[ServingPoolCondition.SCALING_ACTIVE] = _scaling(pool.spec.autoscaling, observation)
     phase, decisive = _phase(conditions)
     old = pool.status
     # The reason explains the choice of this size; it is not rewritten with every request.
@@ -434,7 +436,9 @@ def _available(
     if (blocked := _blocked(pool, observation)) is not None:
         return _FALSE, *blocked
     if observation.decision.replicas == 0:
-        return _FALSE, Reason.SCALED_TO_ZERO, "replicas is 0: raise it to serve"
+        idle = pool.spec.autoscaling is not None
+        message = "no request: the next one starts a pod" if idle else "replicas is 0: raise it to serve"
+        return _FALSE, Reason.SCALED_TO_ZERO, message
     if problem is not None:
         return _FALSE, problem.reason, problem.message
     return _FALSE, Reason.NO_POD_READY, f"0 of {observation.decision.replicas} pods ready"
@@ -571,7 +575,9 @@ def _update_failure(rollout: Rollout) -> str | None:
     return f"{rollout.failure}{kept if count else ''}"
 
 
-def _scaling(observation: PoolObservation) -> _ConditionState:
+def _scaling(rule: PoolAutoscaling, observation: PoolObservation) -> _ConditionState:
+    if (unknown := unknown_time_zone(rule)) is not None:
+        return _FALSE, Reason.INVALID_SCHEDULE, unknown
     if observation.unknown_demand is not None:
         return _FALSE, Reason.GATEWAY_SILENT, f"{observation.unknown_demand}: no pod is removed"
     return _TRUE, Reason.DEMAND_KNOWN, "every gateway reports its requests"

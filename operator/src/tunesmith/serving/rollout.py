@@ -75,8 +75,8 @@ class RolloutObservation:
     evidence: Evidence = field(default_factory=Evidence)
 
     def has_copies(self, revision: Revision, copies: int) -> bool:
-        """Return True if as many ready pods hold the revision, or all pods that answer."""
-        return revision.ready_replicas >= max(1, min(copies, self.answering))
+        """Return True if as many ready pods hold the revision, or all pods that answer, or if it is idle."""
+        return revision.state is RevisionState.IDLE or revision.ready_replicas >= max(1, min(copies, self.answering))
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _serving(older: Sequence[Revision]) -> Sequence[Revision]:
     """Return the serving ones; otherwise those that were resident a moment ago and may serve again; otherwise all."""
     return (
         [revision for revision in older if revision.ready_replicas > 0]
-        or [revision for revision in older if revision.state is RevisionState.RESIDENT]
+        or [revision for revision in older if revision.state in (RevisionState.RESIDENT, RevisionState.IDLE)]
         or older
     )
 

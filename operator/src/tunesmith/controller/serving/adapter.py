@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision, decide_copies
+from tunesmith.autoscale.schedule import minimum
 from tunesmith.cluster.errors import AlreadyExistsError
 from tunesmith.contracts.claims import older_claim
 from tunesmith.contracts.ownership import controller_of
@@ -23,7 +24,7 @@ from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of,
 from tunesmith.controller.serving.queries import PrometheusQueries
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.jobs.observe import view
-from tunesmith.serving.adapter import NO_PROMETHEUS, AdapterObservation, is_base, plan
+from tunesmith.serving.adapter import NO_PROMETHEUS, AdapterObservation, is_base, plan, was_never_loaded
 from tunesmith.serving.imports import ADAPTER_LABEL, import_job, is_import_of, plan_import
 from tunesmith.serving.resolve import Artifact, choose, resolve_artifact
 from tunesmith.serving.rollout_status import expressions, rollout_events, without_measures
@@ -139,7 +140,8 @@ class AdapterDeploymentReconciler:
             return Result(_TICK_SECONDS)
         if adapter.spec.autoscaling is None:
             return Result(later)
-        idle = observation.decision.replicas == adapter.spec.autoscaling.min_replicas == adapter.status.desired_replicas
+        low = minimum(adapter.spec.autoscaling, self._context.now()).replicas
+        idle = observation.decision.replicas == low == adapter.status.desired_replicas
         # The first request to a model makes the key due immediately.
         return Result(_IDLE_TICK_SECONDS if idle else _TICK_SECONDS)
 
@@ -208,8 +210,12 @@ class AdapterDeploymentReconciler:
         if rule is None:
             self._state.forget_window(adapter.metadata.uid)
             return Decision(adapter.spec.replicas, f"spec.replicas is {adapter.spec.replicas}")
-        window = self._state.window(adapter.metadata.uid, [adapter.model], rule.scale_down_delay_seconds)
-        return decide_copies(window, adapter.status.desired_replicas, rule)
+        # A new revision is loaded once, so that an adapter that cannot be loaded is reported before it is needed.
+        rollout = adapter.status.rollout
+        floor = 1 if was_never_loaded(adapter) or (rollout is not None and rollout.is_running) else 0
+        window = self._state.window(adapter.metadata.uid, [adapter.model], rule.scale_down_delay_seconds, floor)
+        low = minimum(rule, self._context.now())
+        return decide_copies(window, adapter.status.desired_replicas, rule, low)
 
     def _still_serving(self, adapter: AdapterDeployment) -> ServingPool | None:
         """Return the pool that has served so far, until the new choice is made."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.autoscale.activity import Activity
 from tunesmith.autoscale.decide import Decision, decide_pods, loaded_pods, pods_for_copies
+from tunesmith.autoscale.schedule import minimum
 from tunesmith.cluster.errors import ConflictError, NotFoundError
 from tunesmith.contracts.agent import (
     control_keys,
@@ -31,7 +32,7 @@ from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of,
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import MODEL
-from tunesmith.serving.adapter import is_whole, needs_room
+from tunesmith.serving.adapter import copies_of, is_whole, needs_room
 from tunesmith.serving.crashes import crash_events
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementCache, PoolObservation, PoolPlan, plan, refusal_of_pods
@@ -235,12 +236,15 @@ class ServingPoolReconciler:
         if rule is None:
             self._state.forget_window(pool.metadata.uid)
             return Decision(pool.spec.replicas, f"spec.replicas is {pool.spec.replicas}"), True
-        copies = {adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if needs_room(adapter)}
+        copies = {adapter.model: copies_of(adapter) for adapter in attached if needs_room(adapter)}
         slots = pool.spec.engine.max_loras
         floor, why = pods_for_copies(copies, pool.spec.engine.adapter_capacity)
+        if not floor and pool.status.base_model_fingerprint is None:
+            floor, why = 1, "a new pool starts once, to learn its base model's fingerprint"
         bases = [pool.model, *(adapter.model for adapter in attached if is_whole(adapter))]
         window = self._state.window(pool.metadata.uid, copies, rule.scale_down_delay_seconds, floor, bases)
-        decision = decide_pods(window, pool.status.desired_replicas, rule, why, slots)
+        low = minimum(rule, self._context.now())
+        decision = decide_pods(window, pool.status.desired_replicas, rule, low, why, slots)
         return decision, loaded_pods(window, rule, slots) > 1
 
     def _busy(self, pool: ServingPool, pods: Sequence[PoolPod]) -> frozenset[str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.autoscale.decide import Sample, Window
 from tunesmith.autoscale.demand import DemandTracker
+from tunesmith.autoscale.window import Sample, Window
 from tunesmith.contracts.agent import STALE_AFTER_SECONDS
 from tunesmith.contracts.claims import ModelNameClaim, model_name_claim, precedence
 from tunesmith.contracts.labels import POOL_UID_LABEL
