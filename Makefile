@@ -90,6 +90,7 @@ generate: environment environment-server ## Generate the CRDs, the references an
 	@$(STEP) "generate the values schema of charts/adapters" $(RUN) python charts/values_schema.py
 	@$(STEP) "generate flags and values schema of charts/tunesmith" $(RUN) python charts/flags.py
 	@$(STEP) "generate the reference of metrics" $(RUN) python docs/metrics.py
+	@$(STEP) "generate the reference of errors" $(RUN) python docs/errors.py
 	@$(STEP) "copy the default values of charts/tunesmith" $(RUN) python charts/defaults.py
 	@$(STEP) "generate the reference of the chart's rights" $(RUN) python charts/rights.py
 	@$(STEP) "generate the table of vLLM's architectures" $(RUN) python server-image/engine-cpu/lora_architectures.py
@@ -148,6 +149,7 @@ check-generated:
 	@$(STEP) "generated: values schema" $(RUN) python charts/values_schema.py --check
 	@$(STEP) "generated: flags and settings" $(RUN) python charts/flags.py --check
 	@$(STEP) "generated: metrics" $(RUN) python docs/metrics.py --check
+	@$(STEP) "generated: errors" $(RUN) python docs/errors.py --check
 	@$(STEP) "generated: default values" $(RUN) python charts/defaults.py --check
 	@$(STEP) "generated: rights" $(RUN) python charts/rights.py --check
 	@$(STEP) "generated: vLLM's architectures" $(RUN) python server-image/engine-cpu/lora_architectures.py --check

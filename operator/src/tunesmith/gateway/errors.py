@@ -477,7 +477,7 @@ def engine_silent(model: str, seconds: float) -> ApiError:
 
 
 def engine_error(model: str, status: int) -> ApiError:
-    """Return the error for an engine's error status whose body is not an error in OpenAI's schema."""
+    """4xx, 5xx: the engine answered with this status, and with a body that is not an error in OpenAI's schema."""
     return ApiError(
         status if HTTPStatus.BAD_REQUEST <= status <= _MAX_STATUS else HTTPStatus.BAD_GATEWAY,
         f"The engine of `{model}` answered with status {status} and no error message.",
