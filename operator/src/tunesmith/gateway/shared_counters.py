@@ -15,7 +15,7 @@ import contextlib
 import logging
 import secrets
 from collections import Counter, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -216,7 +216,7 @@ class SharedCounters:
         url = self._url()
         if not url.startswith(_SCHEMES):
             raise ValueError(f"its URL does not start with {' or '.join(_SCHEMES)}")
-        tls = {"ssl_ca_certs": str(self._ca_file)} if self._ca_file and url.startswith("rediss") else {}
+        tls: dict[str, Any] = {"ssl_ca_certs": str(self._ca_file)} if self._ca_file and url.startswith("rediss") else {}
         client = Redis.from_url(
             url,
             socket_timeout=self._timeout,

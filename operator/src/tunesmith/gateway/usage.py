@@ -96,8 +96,8 @@ class AnswerUsage:
             kept.append(event)
         return EVENT_END.join(kept)
 
-    def read_body(self, piece: bytes) -> None:
+    def read_body(self, piece: bytes | bytearray) -> None:
         """Read the next piece of an answer that is not a stream."""
-        self._head = self._head or piece[:_TAIL_BYTES]
+        self._head = self._head or bytes(piece[:_TAIL_BYTES])
         self._bytes += len(piece)
-        self._tail = (self._tail + piece)[-_TAIL_BYTES:] if len(piece) < _TAIL_BYTES else piece[-_TAIL_BYTES:]
+        self._tail = (self._tail + piece)[-_TAIL_BYTES:] if len(piece) < _TAIL_BYTES else bytes(piece[-_TAIL_BYTES:])

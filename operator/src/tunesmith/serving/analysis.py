@@ -135,7 +135,7 @@ def compare(comparisons: Sequence[Comparison]) -> ShadowComparison | None:
         return None
 
     def total(figure: str) -> float:
-        return sum(getattr(comparison, figure) for comparison in comparisons)
+        return float(sum(getattr(comparison, figure) for comparison in comparisons))
 
     def mean(figure: str, count: str) -> float | None:
         return total(figure) / total(count) if total(count) else None
