@@ -8,7 +8,16 @@ import pytest
 
 from tunesmith.api.parity import ParityMode, ParityVerdict
 from tunesmith.contracts.agent import AdapterParity, DesiredAdapter, ResidencyState
-from tunesmith_server.residency import UNLOAD_SECONDS, Failure, PodObservation, PodPlan, plan
+from tunesmith_server.residency import (
+    COLLECT_SECONDS,
+    MAX_LOADS,
+    UNLOAD_SECONDS,
+    Failure,
+    PodObservation,
+    PodPlan,
+    next_loads,
+    plan,
+)
 
 A, B, C = (
     DesiredAdapter(engine_name=f"team/{name}@{name * 12}", digest=f"sha256:{name * 64}", uri=f"s3://s/team/{name}")
@@ -154,3 +163,21 @@ def test_requests_wait_for_required_parity(
     [reported] = planned.report
     assert (reported.state, reported.permanent) == expected
     assert reported.parity == (None if adapter is OFF else result)
+
+
+@pytest.mark.parametrize(
+    ("ready", "downloads", "waited", "loaded"),
+    [
+        pytest.param(1, 0, 0.0, 1, id="nothing else arrives"),
+        pytest.param(1, MAX_LOADS - 1, 0.0, 1, id="few others arrive"),
+        pytest.param(3, MAX_LOADS, 0.0, 0, id="many others arrive"),
+        pytest.param(3, MAX_LOADS, COLLECT_SECONDS, 3, id="others arrive slowly"),
+        pytest.param(MAX_LOADS + 2, 100, 0.0, MAX_LOADS, id="a whole group is ready"),
+        pytest.param(0, 100, float("-inf"), 0, id="none is ready"),
+    ],
+)
+def test_adapters_are_loaded_in_groups_while_many_arrive(
+    ready: int, downloads: int, waited: float, loaded: int
+) -> None:
+    adapters = [A.model_copy(update={"engine_name": f"team/{number}"}) for number in range(ready)]
+    assert list(next_loads(adapters, downloads, waited)) == adapters[:loaded]

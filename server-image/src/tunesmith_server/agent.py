@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import (
     MAX_ADAPTERS,
-    TRAFFIC_SECONDS,
     DesiredAdapter,
     DesiredAdapters,
     PodState,
@@ -32,13 +31,12 @@ from tunesmith_server.engine import (
 from tunesmith_server.guard import Guard
 from tunesmith_server.lora import UnfitAdapterError
 from tunesmith_server.parity import ParityChecks
-from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Loads, PodObservation, PodPlan, plan
+from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Loads, PodObservation, PodPlan, next_loads, plan
 from tunesmith_server.retention import Retention
 from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
     from tunesmith.contracts.crash import EngineExit
-    from tunesmith.contracts.traffic import Traffic
     from tunesmith_server.desired import DesiredFile
     from tunesmith_server.fetching import ArtifactFetcher
     from tunesmith_server.metrics import Metrics
@@ -47,8 +45,6 @@ if TYPE_CHECKING:
 PERIOD_SECONDS = 0.5
 """Time between two observations of the engine, unless an event triggers one sooner."""
 PARALLEL_DOWNLOADS = 4
-MAX_LOADS = 8
-"""Number of adapters that are loaded before the next canary: after a restart, the most active ones serve first."""
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +89,11 @@ class Agent:
         self._failures: dict[str, Failure] = {}
         self._refused: set[str] = set()
         self._unwanted_since: dict[str, float] = {}
+        self._ready_since = float("inf")
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._draining = False
         self._named: frozenset[str] = frozenset()
-        self._traffic_due = 0.0
         self._download_slots = asyncio.Semaphore(PARALLEL_DOWNLOADS)
         self._guard = Guard(
             engine,
@@ -204,10 +200,14 @@ class Agent:
         for name in steps.unloads:
             await self._unload(name)
         allowed = self._guard.allowed_loads(self._activity.most_recent_first(steps.loads))
-        loads = allowed[:MAX_LOADS]
+        now = time.monotonic()
+        self._ready_since = min(self._ready_since, now) if allowed else float("inf")
+        loads = next_loads(allowed, len(self._downloads), now - self._ready_since)
         for adapter in loads:
             await self._load(adapter)
-        if len(allowed) > len(loads):
+        if loads:
+            self._ready_since = float("inf")
+        if len(allowed) > len(loads) > 0:
             self._wake.set()
         if await self._name_base() or loads or steps.unloads:
             await self._observe()
@@ -438,14 +438,6 @@ class Agent:
             reloads=engine.reloads,
         )
 
-    def _next_traffic(self) -> dict[str, Traffic]:
-        """Return the traffic to report, which changes at most every TRAFFIC_SECONDS."""
-        now, snapshot = time.monotonic(), self._snapshot
-        if snapshot is None or now < self._traffic_due:
-            return self.state.traffic
-        self._traffic_due = now + TRAFFIC_SECONDS
-        return snapshot.traffic
-
     async def _publish(self, steps: PodPlan | None = None) -> None:
         """Publish the state; `steps`: plan for it, if it has been made."""
         current = self._desired.current
@@ -468,7 +460,6 @@ class Agent:
             engine_start_seconds=self._start_time.seconds,
             crashes=self._crashes.recent(now),
             adapters=[*(steps or plan(self._observation())).report, *self._base_residencies()],
-            traffic=self._next_traffic(),
         )
         self._metrics.residencies(state)
         async with self._changed:

@@ -7,6 +7,7 @@ bounds the later download by the size of the base model's modules. The engine ge
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -308,10 +309,18 @@ def remove_revision(adapters: Path, digest: str) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
-def stored_sizes(adapters: Path) -> dict[str, int]:
-    """Return the bytes of each revision whose checked files are on this pod, by digest."""
-    names = [path.name for path in adapters.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return {f"sha256:{name}": stored_size(adapters, name) for name in names}
+def stored_sizes(adapters: Path, known: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return the bytes of each revision whose checked files are on this pod, by digest.
+
+    Args:
+        adapters: folder of the pod's adapters.
+        known: result of an earlier call. The files of a revision never change.
+    """
+    known = known or {}
+    with os.scandir(adapters) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    digests = [f"sha256:{name}" for name in names]
+    return {digest: known[digest] if digest in known else stored_size(adapters, digest) for digest in digests}
 
 
 def stored_size(adapters: Path, digest: str) -> int:

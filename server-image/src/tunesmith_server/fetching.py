@@ -143,6 +143,7 @@ class ArtifactFetcher:
         self._check_lock = threading.Lock()
         self._volume_lock = threading.Lock()
         self._reserved: dict[str, int] = {}
+        self._stored: dict[str, int] = {}
         self._children: set[Child] = set()
         self._closed = False
 
@@ -209,7 +210,8 @@ class ArtifactFetcher:
     def _reserve(self, digest: str, size: int) -> str:
         """Reserve space on the volume; return an error message if it is full, else an empty string."""
         with self._volume_lock:
-            taken = sum(stored_sizes(self._settings.adapters).values()) + sum(self._reserved.values())
+            self._stored = stored_sizes(self._settings.adapters, self._stored)
+            taken = sum(self._stored.values()) + sum(self._reserved.values())
             if taken + size > self._settings.storage:
                 return (
                     f"the pod's volume for adapters has {self._settings.storage} bytes, {taken} are in use, and the "

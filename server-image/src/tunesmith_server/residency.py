@@ -15,6 +15,10 @@ UNLOAD_SECONDS = 30.0
 """Time for which an adapter that is no longer wanted stays loaded for its running requests."""
 FIRST_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
+MAX_LOADS = 8
+"""Number of adapters that are loaded before the next canary: after a restart, the most active ones serve first."""
+COLLECT_SECONDS = 3.0
+"""Longest time for which a downloaded adapter waits for others, while at least MAX_LOADS are being downloaded."""
 MAX_LOAD_REFUSALS = 3
 """Number of refusals by one engine process after which an adapter counts as unfit."""
 
@@ -126,6 +130,21 @@ def plan(observed: PodObservation) -> PodPlan:
         if name not in wanted
     ]
     return result
+
+
+def next_loads(ready: Sequence[DesiredAdapter], downloads: int, waited: float) -> Sequence[DesiredAdapter]:
+    """Return the adapters to load now.
+
+    Each group of loads is followed by a canary, so while many adapters arrive they are collected into groups.
+
+    Args:
+        ready: adapters that may be loaded, in this order.
+        downloads: number of adapters that are being downloaded.
+        waited: seconds since the first of them became ready.
+    """
+    if downloads >= MAX_LOADS and len(ready) < MAX_LOADS and waited < COLLECT_SECONDS:
+        return ()
+    return ready[:MAX_LOADS]
 
 
 def _next_action(adapter: DesiredAdapter, observed: PodObservation, free: int) -> tuple[Residency, str]:
