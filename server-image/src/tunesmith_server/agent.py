@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import (
     MAX_ADAPTERS,
+    TRAFFIC_SECONDS,
     DesiredAdapter,
     DesiredAdapters,
     PodState,
@@ -37,6 +38,7 @@ from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
     from tunesmith.contracts.crash import EngineExit
+    from tunesmith.contracts.traffic import Traffic
     from tunesmith_server.desired import DesiredFile
     from tunesmith_server.fetching import ArtifactFetcher
     from tunesmith_server.metrics import Metrics
@@ -94,6 +96,7 @@ class Agent:
         self._changed = asyncio.Condition()
         self._draining = False
         self._named: frozenset[str] = frozenset()
+        self._traffic_due = 0.0
         self._download_slots = asyncio.Semaphore(PARALLEL_DOWNLOADS)
         self._guard = Guard(
             engine,
@@ -438,6 +441,14 @@ class Agent:
             reloads=engine.reloads,
         )
 
+    def _next_traffic(self) -> dict[str, Traffic]:
+        """Return the traffic to report, which changes at most every TRAFFIC_SECONDS."""
+        now, snapshot = time.monotonic(), self._snapshot
+        if snapshot is None or now < self._traffic_due:
+            return self.state.traffic
+        self._traffic_due = now + TRAFFIC_SECONDS
+        return snapshot.traffic
+
     async def _publish(self, steps: PodPlan | None = None) -> None:
         """Publish the state; `steps`: plan for it, if it has been made."""
         current = self._desired.current
@@ -460,6 +471,7 @@ class Agent:
             engine_start_seconds=self._start_time.seconds,
             crashes=self._crashes.recent(now),
             adapters=[*(steps or plan(self._observation())).report, *self._base_residencies()],
+            traffic=self._next_traffic(),
         )
         self._metrics.residencies(state)
         async with self._changed:
