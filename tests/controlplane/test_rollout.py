@@ -9,6 +9,7 @@ import pytest
 
 from tests.controlplane.operatorprocess import until
 from tests.controlplane.servingworld import World, digest_of, serving_world
+from tests.controlplane.test_cli import tunesmith
 from tunesmith.cluster.errors import InvalidError
 
 if TYPE_CHECKING:
@@ -137,6 +138,27 @@ async def test_commands_by_annotation(world: World) -> None:
     )
     assert status["rollout"]["phase"] == "Undone"
     assert (await world.get("pirate"))["metadata"]["annotations"] == {"tunesmith.dev/rollout": "undo"}
+
+
+async def test_commands_of_the_cli(world: World, server: ApiServer) -> None:
+    async def cli(*arguments: str) -> str:
+        code, output, problems = await asyncio.to_thread(tunesmith, server, *arguments, "-n", world.namespace)
+        assert code == 0, problems
+        return output
+
+    await roll_out(world, "two")
+    await until_weights(world, 10, 90)
+    assert await cli("rollout", "pause", "pirate") == (
+        f"AdapterDeployment {world.namespace}/pirate: the rollout is paused; a failed check still rolls it back\n"
+    )
+    shown = await cli("rollout", "status", "pirate")
+    assert "state     Progressing, paused" in shown
+    assert f"requests  10 % to {digest_of('two')[7:19]}, 1 pod" in shown
+    assert "measure   ErrorRate: ? (max 0.05), 0 of at least 20 requests in this step" in shown
+    await cli("rollout", "resume", "pirate")
+    assert "answers all requests" in await cli("rollout", "abort", "pirate")
+    code, _, problems = await asyncio.to_thread(tunesmith, server, "wait", "adapter", "pirate", "-n", world.namespace)
+    assert (code, "was given up: aborted by the command abort" in problems) == (1, True), problems
 
 
 async def test_impossible_rollouts_are_refused(world: World) -> None:

@@ -20,7 +20,7 @@ from tunesmith.api.rollout import AdapterRollout, MeasureStatus, RolloutPhase, S
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.agent import AdapterParity, PodState, Residency, ResidencyState
 from tunesmith.contracts.traffic import Comparison, Traffic, TrafficCounts, bucket_of
-from tunesmith.serving.adapter import AdapterObservation, desired_copies, plan
+from tunesmith.serving.adapter import AdapterObservation, copies_of, copies_of_rollouts, desired_copies, plan
 from tunesmith.serving.analysis import QueryResult, compare
 from tunesmith.serving.pod import PoolPod
 from tunesmith.serving.resolve import Artifact, Unresolved
@@ -113,7 +113,6 @@ class Cluster:
         self.damaged: set[str] = set()
         self.parity: dict[str, AdapterParity] = {}
         self.queries: dict[str, QueryResult] = {}
-        self.takeovers: list[str] = []
 
     def adapter(self) -> AdapterDeployment:
         adapter: AdapterDeployment = self.build(status=self.status.manifest(), **self.spec)
@@ -170,18 +169,14 @@ class Cluster:
         )
 
     def reconcile(self) -> AdapterDeploymentStatus:
-        before = self.status
         self.status = plan(self.adapter(), self.observe(), self.now)
-        alone = [item for item in (before, self.status) if len(item.revisions) == 1]
-        if len(alone) == 1 and alone[0] is self.status:
-            self.takeovers.append(self.status.revisions[0].engine_name[-1])
         self._load()
         return self.status
 
     def _load(self) -> None:
         """The pool's plan: each revision on as many pods as it should have."""
-        wanted = desired_copies(self.status.revisions, self.status.desired_replicas or 1)
-        names = {revision.engine_name for revision, _ in wanted}
+        wanted = desired_copies(self.status.revisions, copies_of(self.adapter()))
+        names = {revision.engine_name for revision, copies in wanted if copies}
         for engine in self.engines:
             engine.held = {name: counters for name, counters in engine.held.items() if name in names}
         for revision, copies in wanted:
@@ -484,6 +479,29 @@ def test_a_comparison_before_the_first_answer_has_no_means() -> None:
     found = compare([Comparison(start="aa", dropped=3)])
     assert found == ShadowComparison(dropped=3)
     assert compare([]) is None
+
+
+def test_a_rollout_needs_room_for_both_revisions(cluster: Build) -> None:
+    made = cluster(pods=4, copies=4)
+    assert copies_of_rollouts([made.adapter()]) == {}
+    made.settle()
+    assert copies_of_rollouts([made.adapter()]) == {name_of("b"): 1}
+
+
+def test_without_requests_a_rollout_waits_idle_for_the_next_one(cluster: Build) -> None:
+    made = cluster()
+    made.settle()
+    made.copies = 0
+    made.wait()
+    made.wait()
+    assert letters(made.status) == "b:10 a:90"
+    assert condition(made.status, "Ready") == "True ScaledToZero"
+    assert made.engines[0].held == {}
+    assert copies_of_rollouts([made.adapter()]) == {}
+    made.copies = 1
+    made.settle()
+    made.serve("b", 20)
+    assert letters(made.wait()) == "b:50 a:50"
 
 
 def test_a_newer_digest_replaces_the_canary(cluster: Build) -> None:

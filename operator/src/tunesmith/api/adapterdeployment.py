@@ -134,6 +134,9 @@ class ImportedAdapter(StatusModel):
     parity: bool = Field(
         description="True if the answers of base and adapter were recorded, with which an engine can be checked."
     )
+    missed_gates: int | None = Field(
+        default=None, ge=0, description="Number of gates of evaluation.gates that it missed. Absent: it records none."
+    )
 
 
 class AdapterImport(StatusModel):

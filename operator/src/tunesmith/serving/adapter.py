@@ -33,7 +33,7 @@ from tunesmith.serving.resolve import Artifact, Unresolved, has_base_of, referen
 from tunesmith.serving.rollout import RolloutObservation, in_order, next_rollout, spec_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
     from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterImport
@@ -166,6 +166,16 @@ def desired_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Re
     if newest.state is RevisionState.FAILED:
         return [*((revision, desired) for revision in older), (newest, 1)]
     return [*((revision, max(1, min(desired, revision.ready_replicas))) for revision in older), (newest, desired)]
+
+
+def copies_of_rollouts(adapters: Iterable[AdapterDeployment]) -> dict[str, int]:
+    """Return the copies of the revisions that are being rolled out, by engine name. They need additional room."""
+    return {
+        revision.engine_name: revision.desired_replicas
+        for adapter in adapters
+        for revision in adapter.status.revisions[:1]
+        if revision.weight is not None and revision.desired_replicas and copies_of(adapter)
+    }
 
 
 def needs_room(adapter: AdapterDeployment) -> bool:

@@ -235,6 +235,7 @@ def _artifact(record: AdapterImport, source: ImportedArtifact) -> Artifact | Unr
         fingerprint=adapter.base_model_fingerprint if adapter is not None else None,
         origin=f"import of {source.uri}",
         rank=adapter.rank if adapter is not None else None,
+        missed_gates=adapter.missed_gates if adapter is not None else None,
     )
 
 

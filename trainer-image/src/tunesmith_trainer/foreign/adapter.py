@@ -66,6 +66,7 @@ def run(options: ImportOptions, stores: Stores, work: Path, progress: Progress) 
         base_model_fingerprint=manifest.base.fingerprint,
         rank=manifest.adapter.rank,
         parity=PARITY_FILE in manifest.files,
+        missed_gates=manifest.evaluation.missed_gates if manifest.evaluation is not None else None,
     )
     return TrainerResult(
         outcome=Outcome.SUCCEEDED, message=_summary(options, manifest), artifact=artifact, imported=imported

@@ -32,7 +32,7 @@ from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of,
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import MODEL
-from tunesmith.serving.adapter import copies_of, is_whole, needs_room
+from tunesmith.serving.adapter import copies_of, copies_of_rollouts, is_whole, needs_room
 from tunesmith.serving.crashes import crash_events
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementCache, PoolObservation, PoolPlan, plan, refusal_of_pods
@@ -238,7 +238,7 @@ class ServingPoolReconciler:
             return Decision(pool.spec.replicas, f"spec.replicas is {pool.spec.replicas}"), True
         copies = {adapter.model: copies_of(adapter) for adapter in attached if needs_room(adapter)}
         slots = pool.spec.engine.max_loras
-        floor, why = pods_for_copies(copies, pool.spec.engine.adapter_capacity)
+        floor, why = pods_for_copies(copies | copies_of_rollouts(attached), pool.spec.engine.adapter_capacity)
         if not floor and pool.status.base_model_fingerprint is None:
             floor, why = 1, "a new pool starts once, to learn its base model's fingerprint"
         bases = [pool.model, *(adapter.model for adapter in attached if is_whole(adapter))]
