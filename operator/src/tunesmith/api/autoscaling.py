@@ -76,10 +76,14 @@ class Autoscaling(ApiModel):
     rules = (min_below_max, _schedules_below_max)
 
     min_replicas: int = Field(default=1, ge=0, le=1000)
-    max_replicas: int = Field(ge=1, le=1000)
+    max_replicas: int = Field(ge=1, le=1000, description="Maximum number of pods.")
     target_concurrency: int = Field(default=8, ge=1, le=10000)
-    scale_down_delay_seconds: int = Field(default=120, ge=0, le=86400)
-    idle_seconds: int = Field(default=300, ge=10, le=86400)
+    scale_down_delay_seconds: int = Field(
+        default=120, ge=0, le=86400, description="Seconds for which a smaller number must suffice before it is lowered."
+    )
+    idle_seconds: int = Field(
+        default=300, ge=10, le=86400, description="Seconds without a request before the number falls to 0."
+    )
     schedules: list[Schedule] | None = Field(
         default=None,
         max_length=MAX_SCHEDULES,
@@ -97,18 +101,11 @@ class AdapterAutoscaling(Autoscaling):
         description="Minimum number of pods. 0: an idle adapter is unregistered. Its model name stays, and the next "
         "request waits until it is registered again.",
     )
-    max_replicas: int = Field(ge=1, le=1000, description="Maximum number of pods.")
     target_concurrency: int = Field(
         default=8,
         ge=1,
         le=10000,
         description="Target number of running and waiting requests per pod on which the adapter is resident.",
-    )
-    scale_down_delay_seconds: int = Field(
-        default=120, ge=0, le=86400, description="Seconds for which fewer copies must suffice before one is removed."
-    )
-    idle_seconds: int = Field(
-        default=300, ge=10, le=86400, description="Seconds without a request before the last copy is removed."
     )
 
 
@@ -122,16 +119,9 @@ class PoolAutoscaling(Autoscaling):
         description="Minimum number of pods. 0: an idle pool has no pods. The next request waits for one for up to "
         "holdSeconds.",
     )
-    max_replicas: int = Field(ge=1, le=1000, description="Maximum number of pods.")
     target_concurrency: int = Field(
         default=16,
         ge=1,
         le=10000,
         description="Target number of concurrent requests per pod, over all adapters and the base model.",
-    )
-    scale_down_delay_seconds: int = Field(
-        default=120, ge=0, le=86400, description="Seconds for which fewer pods must suffice before one is removed."
-    )
-    idle_seconds: int = Field(
-        default=300, ge=10, le=86400, description="Seconds without a request before the last pod is removed."
     )
