@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from e2e.custom_resources import pool_pods, ready_adapter
-from e2e.installation import DEMO, InstallationError, get, kubectl, until
+from e2e.custom_resources import adapter_manifest, pool_pods, ready_adapter
+from e2e.installation import DEMO, InstallationError, apply, delete, get, kubectl, until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from openai import OpenAI
 
 CONCURRENCY = 24
 """Three times the demo's target. Answers are short because pods are slow while another starts on the two cores."""
 GROWN_SECONDS = 360
 SHRUNK_SECONDS = 180
+IDLE_SECONDS = 120
 
 
 def copies(name: str) -> int:
-    return int((get("adapterdeployment", name, DEMO) or {})["status"].get("readyReplicas", 0))
+    return int(((get("adapterdeployment", name, DEMO) or {}).get("status") or {}).get("readyReplicas", 0))
 
 
 def test_load_scales_an_adapter_to_two_pods_and_back(
@@ -75,3 +78,26 @@ def test_manual_scaling_works_without_autoscaling(second_adapter: str, pool: str
 def test_manual_scaling_is_refused_with_autoscaling(main_adapter: str) -> None:
     with pytest.raises(InstallationError, match="remove autoscaling first"):
         kubectl("scale", f"adapterdeployment/{main_adapter}", "--replicas=2", "--namespace", DEMO)
+
+
+def test_an_idle_adapter_is_on_no_pod_and_answers_the_next_request(
+    client: OpenAI, main_adapter: str, pool: str, record_property: Callable[[str, object], None]
+) -> None:
+    job = (get("adapterdeployment", main_adapter, DEMO) or {})["spec"]["adapterFrom"]["fineTuneJob"]["name"]
+    autoscaling = {"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 10, "scaleDownDelaySeconds": 0}
+    apply(adapter_manifest("seldom", job, pool, autoscaling=autoscaling))
+    try:
+        until("seldom is idle", lambda: _phase("seldom") == "Idle" and copies("seldom") == 0, IDLE_SECONDS)
+        asked = time.monotonic()
+        reply = client.chat.completions.create(
+            model=f"{DEMO}/seldom", messages=[{"role": "user", "content": "Who are you?"}], max_tokens=4
+        )
+        record_property("seconds_to_the_answer_of_an_idle_adapter", round(time.monotonic() - asked, 2))
+        assert reply.model.startswith(f"{DEMO}/seldom@")
+        until("seldom is idle again", lambda: _phase("seldom") == "Idle" and copies("seldom") == 0, IDLE_SECONDS)
+    finally:
+        delete("adapterdeployment", "seldom", DEMO)
+
+
+def _phase(name: str) -> str:
+    return str(((get("adapterdeployment", name, DEMO) or {}).get("status") or {}).get("phase"))
