@@ -16,6 +16,7 @@ from pathlib import Path
 
 import aiohttp
 
+from tunesmith.contracts import addresses
 from tunesmith.contracts.connections import guarded
 from tunesmith.contracts.environment import ADMIN_TOKEN, ALLOWED_ADDRESSES
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
@@ -33,6 +34,7 @@ from tunesmith_server.desired import DesiredFile
 from tunesmith_server.engine import EngineClient
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings
 from tunesmith_server.metrics import Metrics
+from tunesmith_server.middleware.tunesmith_media import ADDRESSES
 from tunesmith_server.model_cache import Limits, ModelCache, lock_in_use
 from tunesmith_server.parallel_sizes import config_problem
 from tunesmith_server.settings import FetchBaseSettings, ServeSettings
@@ -181,10 +183,12 @@ def prepare_engine(state: Path) -> str:
     """
     folder = state / "middleware"
     folder.mkdir(parents=True, exist_ok=True)
-    for module in sorted(Path(middleware.__path__[0]).glob("tunesmith_*.py")):
-        temporary = folder / f".{module.name}"
+    modules = {module.name: module for module in Path(middleware.__path__[0]).glob("tunesmith_*.py")}
+    modules[f"{ADDRESSES}.py"] = Path(str(addresses.__file__))
+    for name, module in sorted(modules.items()):
+        temporary = folder / f".{name}"
         shutil.copyfile(module, temporary)
-        temporary.replace(folder / module.name)
+        temporary.replace(folder / name)
     path = state / ADMIN_TOKEN
     if not path.exists():
         temporary = state / f".{ADMIN_TOKEN}"

@@ -162,8 +162,8 @@ class Requests(ApiModel):
     )
     allow_media_urls: bool = Field(
         default=False,
-        description="Allow the engine to download images, audio and video from http:// and https:// URLs of clients, "
-        "with the network access of the pod. data: URLs are always accepted.",
+        description="Allow the engine to download images, audio and video from http:// and https:// URLs of clients "
+        "at public addresses, without a proxy. data: URLs are always accepted.",
     )
     allow_chat_template: bool = Field(
         default=False,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         tunesmith_apis,
         tunesmith_checks,
         tunesmith_journal,
+        tunesmith_media,
         tunesmith_parameters,
         tunesmith_reply,
         tunesmith_tokenizer,
@@ -55,6 +56,7 @@ else:
     import tunesmith_apis
     import tunesmith_checks
     import tunesmith_journal
+    import tunesmith_media
     import tunesmith_parameters
     import tunesmith_reply
     import tunesmith_tokenizer
@@ -309,6 +311,8 @@ class Middleware:
                 try:
                     can_constrain = tunesmith_tokenizer.can_constrain(engine)
                     self._policy = dataclasses.replace(POLICY, can_constrain=can_constrain)
+                    if POLICY.allow_media_urls:
+                        tunesmith_media.guard()
                     await self._adapters.start(engine)
                 except Exception as error:  # noqa: BLE001 - uvicorn would continue without the preparation
                     _exit(_DEAD_CODE, f"the engine could not be prepared: {error!r}")
