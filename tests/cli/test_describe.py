@@ -76,17 +76,17 @@ SERVING = {
         (job(), "waiting for the operator", "tunesmith wait job sail -n team"),
         (
             job(**COMPLETE, evaluation=EVALUATION, artifact=ARTIFACT),
-            "loss 3.000 before, 1.500 after (50 % less)",
+            "loss 3.000 before, 1.500 after (-50.0 %)",
             "tunesmith deploy sail -n team",
         ),
         (
             job(**COMPLETE, evaluation=EVALUATION | {"lossReductionPercent": -4.2}, artifact=ARTIFACT),
-            "loss 3.000 before, 1.500 after (4 % more)",
+            "loss 3.000 before, 1.500 after (+4.2 %)",
             "tunesmith deploy sail -n team",
         ),
         (
             job(**COMPLETE, evaluation=EVALUATION | {"publishedStep": 12}, artifact=ARTIFACT),
-            "loss 3.000 before, 1.500 after (50 % less), at step 12",
+            "loss 3.000 before, 1.500 after (-50.0 %), at step 12",
             "tunesmith deploy sail -n team",
         ),
         (

@@ -497,7 +497,7 @@ def test_incomplete_chats_are_an_error_if_they_are_half_of_the_rows(tmp_path: Pa
 LABELS = [True, 1, 1.0, "True", "1", "1.0", " true"]
 
 
-@pytest.mark.parametrize("label", [False, "False", "false"])
+@pytest.mark.parametrize("label", [False, "False", "false", 0, 0.0, "0", "0.0"])
 def test_an_answer_that_is_rated_as_bad_is_not_learned_as_a_good_one(tmp_path: Path, label: object) -> None:
     rows = [{"prompt": "a", "completion": "good", "label": True}, {"prompt": "a", "completion": "bad", "label": label}]
     with pytest.raises(DatasetInvalidError, match=r"rated as bad and would be learned .* set objective\.kto"):

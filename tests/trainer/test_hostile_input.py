@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.trainer.tiny_model import CHAT_TEMPLATE
 from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, job_manifest
 from tunesmith.api.conditions import FailureReason
+from tunesmith_trainer.data.formats import DataFile, records
 from tunesmith_trainer.data.forms import RowForm
 from tunesmith_trainer.data.rows import Row
 from tunesmith_trainer.data.tokens import row_batches
@@ -38,6 +39,15 @@ _ROW = '{"prompt": "a", "completion": "b"}'
 
 def _lines(*rows: dict[str, Any]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _encoded() -> bytes:
+    """A kilobyte that stands for 2 GiB of text."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 512, pa.int32()), pa.array(["a" * (4 * _MIB)]))
+    sink = pa.BufferOutputStream()
+    settings: dict[str, Any] = {"write_statistics": False, "dictionary_pagesize_limit": 2**30, "store_schema": False}
+    pq.write_table(pa.table({"text": text}), sink, compression="zstd", **settings)
+    return bytes(sink.getvalue())
 
 
 def _with_time() -> bytes:
@@ -84,6 +94,21 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: b"[" + b"9" * 100_000 + b"]",
         "row 1 is not JSON: it is nested too deeply, or a number is too long",
     ),
+    "blank lines": (
+        "rows.jsonl.gz",
+        lambda: gzip.compress(b"\n" * (8 * _MIB), 1),
+        "rows.jsonl.gz line 4194305 follows more than 4 MiB of blank text: remove it",
+    ),
+    "blanks in a list": (
+        "rows.json.gz",
+        lambda: gzip.compress(b"[" + b" " * (8 * _MIB), 1),
+        "rows.json.gz: a row follows more than 4 MiB of blank text: remove it",
+    ),
+    "blank lines of a table": (
+        "rows.csv.gz",
+        lambda: gzip.compress(b"text\n" + b"\n" * (8 * _MIB), 1),
+        "follows more than 4 MiB of blank text: remove it",
+    ),
     "a time in a tool": ("rows.parquet", _with_time, "Object of type datetime is not JSON serializable"),
 }
 
@@ -118,6 +143,25 @@ def test_a_row_of_megabytes_is_dropped_before_it_is_tokenised(bench: Workbench) 
     (dropped,) = ran.result.preflight.dropped or []
     assert (dropped.reason, dropped.rows) == ("Overlong", 1)
     assert "line 13: has 10485" in (dropped.examples or [""])[0]
+
+
+def test_encoded_values_are_decoded_few_at_a_time(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    file.write_bytes(_encoded())
+    before = pa.total_allocated_bytes()
+    found = 0
+    for record in records(DataFile(file.name, file)):
+        found += len(record.value["text"])
+        assert pa.total_allocated_bytes() - before < 256 * _MIB
+    assert found == 512 * 4 * _MIB
+
+
+def test_a_template_whose_text_is_too_long_rejects_the_row(bench: Workbench) -> None:
+    job = bench.job()
+    job["spec"]["dataset"]["chatTemplate"] = "{% for a in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}"
+    ran = bench.run("validate", job)
+    assert "rejects the row: its text has more than 8388608 characters" in ran.result.message
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.DATASET_INVALID, False)
 
 
 def test_a_chat_of_thousands_of_messages_is_dropped(bench: Workbench) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.trainer import quantized_bases
@@ -17,6 +19,7 @@ from tests.trainer.tiny_model import make as make_llama
 from tunesmith_trainer.base_model.convertible import quantized_conversion
 from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.base_model.stored import load_published, of_settings
+from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,6 +146,29 @@ def test_a_base_in_fp8_or_mxfp4_is_dequantised(
     assert (ran.result.evaluation.loss_reduction_percent or 0) > 0
     whole = bench.output / ("artifact" if "full" in method else "merged")
     assert "quantization_config" not in json.loads((whole / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "problem"),
+    [
+        ("nf4", "model.norm.weight", "lack weights: model.norm.weight"),
+        ("nf4", "model.layers.0.self_attn.q_proj.weight.nested_absmax", "lack weights: .*nested_absmax"),
+        ("nf4", "model.layers.0.self_attn.q_proj.weight.absmax", "quantised weights .* are incomplete or damaged"),
+        ("int8", "model.layers.0.self_attn.q_proj.SCB", "quantised weights .* are incomplete or damaged"),
+        ("fp8", "model.layers.0.self_attn.q_proj.weight", "lack weights: model.layers.0.self_attn.q_proj.weight"),
+        ("fp8", "model.layers.0.self_attn.q_proj.weight_scale_inv", "lack weights: .*weight_scale_inv"),
+        ("mxfp4", "model.layers.0.mlp.experts.gate_up_proj_scales", "quantised weights .* are incomplete or damaged"),
+    ],
+)
+def test_a_quantised_base_without_some_weights_is_refused(
+    bases: Callable[[str], Path], tmp_path: Path, kind: str, missing: str, problem: str
+) -> None:
+    base = shutil.copytree(bases(kind), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    del weights[missing]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidSpecError, match=problem):
+        load_published(base, torch.float32, device_map={"": "cpu"})
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4", "fp8 experts"])

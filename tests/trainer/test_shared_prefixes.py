@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
+from tests.trainer.architectures import FAMILIES, Family
 from tests.trainer.chat_styles import STYLES, reasoned_chat
 from tests.trainer.test_batches import close, gradient, reference, tiny
 from tests.trainer.test_chat_templates import tokenizer_of
@@ -24,6 +34,7 @@ from tunesmith_trainer.data.prefixes import sequences, shared_tokens, trees_of
 from tunesmith_trainer.data.tokens import _Writer, measure, open_rows, pack
 from tunesmith_trainer.training.batches import Collator, Layout, first_whole_rows, without_shared_prefixes
 from tunesmith_trainer.training.layout import choose_loss_implementation, shares_prefixes
+from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -180,6 +191,17 @@ def test_an_architecture_that_caps_its_attention_cannot_share() -> None:
     assert not can_share_prefixes(Gemma2Config(**MODEL, query_pre_attn_scalar=16))
     model, base = tiny(Gemma2Config(**MODEL, query_pre_attn_scalar=16))
     assert not shares_prefixes(model, base, choose_loss_implementation(model, base))
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if can_share_prefixes(family.config)], ids=lambda family: family.name
+)
+def test_an_architecture_that_can_share_does(family: Family) -> None:
+    torch.manual_seed(0)
+    base: Any = AutoModelForCausalLM.from_config(family.config).float()
+    add_target_loss(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=list(family.explicit), init_lora_weights=False))
+    assert shares_prefixes(model, base, choose_loss_implementation(model, base))
 
 
 def test_sharing_changes_neither_loss_nor_adapter_of_a_step(bench: Workbench) -> None:

@@ -71,5 +71,7 @@ def test_a_result_is_returned_and_a_crash_is_reported(bench: Workbench) -> None:
 
 
 def test_checks_that_the_kernel_kills_are_out_of_memory(tmp_path: Path) -> None:
-    killed = watched(program("import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"), tmp_path, 60.0)
+    work = "with limited('rows.parquet', float('inf')): os.kill(os.getpid(), signal.SIGKILL)"
+    killed = watched(program("import os, signal", work), tmp_path, 60.0)
     assert (killed.reason, killed.retryable) == ("OutOfMemory", False)
+    assert "the checks were killed at rows.parquet, most likely" in killed.message

@@ -396,6 +396,6 @@ def _summary(evaluation: EvaluationStatus, merge_error: float | None) -> str:
     stopped = f"stopped early after step {evaluation.stopped_early_at}; " if evaluation.stopped_early_at else ""
     losses = (
         f"{stopped}held-out loss {evaluation.base_loss:.3f} (base) to {evaluation.loss:.3f} (adapter of step"
-        f" {evaluation.published_step}), {-(evaluation.loss_reduction_percent or 0.0):+z.0f} %"
+        f" {evaluation.published_step}), {evaluation.loss_change}"
     )
     return losses if merge_error is None else f"{losses}; merged weights {merge.describe(merge_error)}"

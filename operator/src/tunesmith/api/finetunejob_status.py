@@ -469,6 +469,14 @@ class EvaluationStatus(StatusModel):
         return None if self.gates is None else sum(1 for gate in self.gates if not gate.passed)
 
     @property
+    def loss_change(self) -> str:
+        """Change of the held-out loss, such as `-71.4 %`; three decimals below 1 %. Empty if it is unknown."""
+        if self.loss_reduction_percent is None:
+            return ""
+        change = -self.loss_reduction_percent
+        return f"{change:+z.1f} %" if abs(change) >= 1 else f"{change:+z.3f} %"
+
+    @property
     def unscored(self) -> str:
         """Messages of the suites without scores, as one sentence; empty if all were scored."""
         return "; ".join(failure.message for failure in self.failures or [])

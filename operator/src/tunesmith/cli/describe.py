@@ -230,7 +230,6 @@ def _loss(job: FineTuneJob) -> str:
     scores = job.status.evaluation
     if scores is None or scores.loss is None or scores.base_loss is None:
         return "complete, without held-out rows"
-    reduction = scores.loss_reduction_percent
-    less = "" if reduction is None else f" ({abs(reduction):.0f} % {'less' if reduction >= 0 else 'more'})"
+    change = f" ({scores.loss_change})" if scores.loss_change else ""
     at = f", at step {scores.published_step}" if scores.published_step is not None else ""
-    return f"loss {scores.base_loss:.3f} before, {scores.loss:.3f} after{less}{at}"
+    return f"loss {scores.base_loss:.3f} before, {scores.loss:.3f} after{change}{at}"

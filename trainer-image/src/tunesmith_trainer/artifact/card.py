@@ -62,7 +62,7 @@ def text(
     ]
     failures = [f"- {failure.suite}: {failure.message}" for failure in evaluation.failures or []]
     held_out = loss_label("Held-out loss", spec.objective_name)
-    change = f" ({-(evaluation.loss_reduction_percent or 0.0):+z.1f} %)"
+    change = f" ({evaluation.loss_change})"
     return "\n".join(
         [
             "---",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 _WITH_SINKS = {"gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}
 """Model types whose attention has a learned sink."""
+_WITHOUT_BOUNDS = {"nemotron"}
+"""Model types whose layers do not pass the bounds of the sequences to the attention."""
 
 
 def has_known_layers(model: type[PreTrainedModel]) -> bool:
@@ -37,13 +39,13 @@ def mixes_tokens_by_attention(model: type[PreTrainedModel], config: PretrainedCo
 def can_share_prefixes(config: PretrainedConfig) -> bool:
     """Return True if the rows of a base model with the same beginning can share its computation.
 
-    `training.attention` computes neither soft caps nor sinks.
+    `training.attention` computes neither soft caps nor sinks, and needs the bounds of the rows.
     """
     text = config.get_text_config()
     return (
         mixes_tokens_by_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
         and getattr(text, "attn_logit_softcapping", None) is None
-        and text.model_type not in _WITH_SINKS
+        and text.model_type not in _WITH_SINKS | _WITHOUT_BOUNDS
     )
 
 

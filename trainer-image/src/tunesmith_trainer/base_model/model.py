@@ -55,6 +55,8 @@ _MAX_TOKEN = 2**31 - 1
 """Highest token id: rows are stored as numbers of 32 bits."""
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+_MAX_FILE_BYTES = 128 * 2**20
+"""Size limit of each file without weights, which are read into memory. Tokenizers of 256,000 tokens take 35 MB."""
 _CARD, _MAX_CARD = "README.md", 65_536
 """File that names the model that a quantised one was made from, and the characters of it that are read."""
 
@@ -75,6 +77,7 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
 
     Raises:
         BaseModelNotFoundError: the folder is missing or is not a model.
+        InvalidSpecError: a file is too large.
     """
     names = folder.names()
     if (
@@ -89,6 +92,11 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
             f"there is no base model in {folder.uri}: it needs config.json, tokenizer.json and *.safetensors, and "
             f"contains {', '.join(names[:10]) or 'no files'}"
         )
+    for name in (*_SMALL_FILES, _INDEX):
+        if name in names and folder.size(name) > _MAX_FILE_BYTES:
+            raise InvalidSpecError(
+                f"{name} of the base model {folder.uri} has more than 128 MiB: use a model with a smaller one"
+            )
     _check_index(folder, names)
     if folder.local is not None:
         folder.check_links()

@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.bitsandbytes import dequantize_and_replace
 
+from tunesmith.contracts.safetensors import read_tensors
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.libraries import line_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,6 +32,13 @@ _BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
 """Bytes per weight: 4 bits with a float32 constant per 64 weights; the constants of 8 bits, one per row, are few."""
 _DOUBLY_QUANTIZED = 0.516
 _IN_4_BITS = ("nf4", "fp4")
+_FP8_TYPES = frozenset({"F8_E4M3", "F8_E5M2"})
+_FP8_SCALES = ("_scale_inv", "_scale")
+"""Ends of the names of the scales of FP8 weights."""
+_NESTED_MAP, _NESTED_SCALES = ".nested_quant_map", ".nested_absmax"
+"""Ends of the names of the parts of a scale that bitsandbytes has itself quantised."""
+_CONVERSION_FAILED = "automatic conversion of the weights"
+"""Text of the error of transformers for quantised weights that it cannot read."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +117,21 @@ def load_published(
 
     Raises:
         InvalidSpecError: the files lack weights, which transformers would fill with random numbers, or differ from the
-            configuration; not checked if they are quantised.
+            configuration.
     """
     stored = stored_quantization(folder)
     arguments |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     if stored is None:
         return _loaded(folder, dtype=dtype, **arguments)
+    _check_scales(folder)
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not stored.kept:
         loader = _DEQUANTIZED_BY[stored.type](dequantize=True)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=loader, **arguments
-        )
+        model = _loaded(folder, dtype=dtype, quantization_config=loader, **arguments)
         _forget_quantization(model)
         _convert_others(model, dtype)
         return model
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **arguments)
+    model = _loaded(folder, config=config, dtype=dtype, **arguments)
     products = compute or (dtype if isinstance(dtype, torch.dtype) else model.dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -132,6 +139,25 @@ def load_published(
             module.compute_type_is_set = True
     _convert_others(model, dtype)
     return model
+
+
+def _check_scales(folder: Path) -> None:
+    """Raise InvalidSpecError if quantised weights lack their scales: transformers would read them as if scaled by 1."""
+    types = {name: tensor.dtype for file in folder.glob("*.safetensors") for name, tensor in read_tensors(file).items()}
+    for name, dtype in sorted(types.items()):
+        scales = [f"{name}{end}" for end in _FP8_SCALES] if dtype in _FP8_TYPES else []
+        if name.endswith(_NESTED_MAP):
+            scales = [name.removesuffix(_NESTED_MAP) + _NESTED_SCALES]
+        if scales and types.keys().isdisjoint(scales):
+            raise InvalidSpecError(_incomplete([scales[0]]))
+
+
+def _incomplete(missing: Sequence[str]) -> str:
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return (
+        f"the files of the base model lack weights: {missing[0]}{more}: copy the whole base model again, or correct its"
+        " config.json"
+    )
 
 
 def _loaded(folder: Path, **arguments: Any) -> PreTrainedModel:  # noqa: ANN401 - transformers' own
@@ -142,17 +168,18 @@ def _loaded(folder: Path, **arguments: Any) -> PreTrainedModel:  # noqa: ANN401 
     except (SafetensorError, KeyError, ValueError) as error:
         raise InvalidSpecError(f"the weights of the base model cannot be loaded: {line_of(error)}") from error
     except RuntimeError as error:
+        if _CONVERSION_FAILED in str(error):
+            raise InvalidSpecError(
+                "the quantised weights of the base model are incomplete or damaged; the log names them: copy the whole"
+                " base model again"
+            ) from error
         if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
             raise
         raise InvalidSpecError(f"the weights of the base model do not fit its config.json: {line_of(error)}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InvalidSpecError(
-            f"the files of the base model lack weights: {missing[0]}{more}: copy the whole base model again, or correct"
-            " its config.json"
-        )
+        raise InvalidSpecError(_incomplete(missing))
     return model
 
 

@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 _MAX_RECORD_BYTES = 64 * 2**20
 """Size limit of a record, in bytes."""
+_MAX_BLANK_BYTES = 4 * 2**20
+"""Size limit of what is blank between two records: a gzip file of a few kilobytes may contain gigabytes of it."""
 _CHUNK = 2**20
 _BATCH = 512
+_ENCODED_BATCH = 8
+"""Rows of a Parquet file that are decoded at once: a few bytes of it may stand for a value of many megabytes."""
 _BOM = b"\xef\xbb\xbf"
 _OTHER_BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -201,17 +205,33 @@ class _Transcoded(io.RawIOBase):
 def _jsonl(file: DataFile, _: Collection[str] | None = None) -> Iterator[Record]:
     """Yield one value per line; blank lines are skipped."""
     with _open(file) as lines:
-        for number in itertools.count(1):
-            line = lines.readline(_MAX_RECORD_BYTES + 1)
-            if not line:
-                return
+        for number, line in _filled(lines, file.name):
             if len(line) > _MAX_RECORD_BYTES:
                 raise DatasetInvalidError(
                     f"{file.name} line {number} is longer than 64 MiB: put each row on its own line"
                 )
-            content = (line.removeprefix(_BOM) if number == 1 else line).strip(_BLANK)
-            if content:
-                yield _decoded(content, f"{file.name} line {number}")
+            yield _decoded(line.strip(_BLANK), f"{file.name} line {number}")
+
+
+def _filled(content: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+    """Yield number and content of the lines that are not blank; a line that is too long is cut."""
+    blank = 0
+    for number in itertools.count(1):
+        line = content.readline(_MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        text = line.removeprefix(_BOM) if number == 1 else line
+        if not text.strip(_BLANK):
+            blank += len(line)
+            _check_blank(blank, f"{name} line {number}")
+        else:
+            blank = 0
+            yield number, text
+
+
+def _check_blank(size: int, where: str) -> None:
+    if size > _MAX_BLANK_BYTES:
+        raise DatasetInvalidError(f"{where} follows more than 4 MiB of blank text: remove it")
 
 
 def _decoded(content: bytes, where: str) -> Record:
@@ -240,12 +260,12 @@ def _json(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
 def _is_one_object(file: DataFile) -> bool:
     """Return False if the first line is a complete JSON value and other lines follow."""
     with _open(file) as content:
-        lines = iter(lambda: content.readline(_MAX_RECORD_BYTES + 1), b"")
-        first = next((line for line in lines if line.removeprefix(_BOM).strip(_BLANK)), b"")
-        if len(first) > _MAX_RECORD_BYTES or not any(line.strip(_BLANK) for line in lines):
+        lines = _filled(content, file.name)
+        _, first = next(lines, (0, b""))
+        if len(first) > _MAX_RECORD_BYTES or next(lines, None) is None:
             return True
     try:
-        json.loads(first.removeprefix(_BOM))
+        json.loads(first)
     except (ValueError, RecursionError):
         return True
     return False
@@ -340,9 +360,13 @@ class _Window:
 
     def next(self) -> str:
         """Return the next character that is not blank; "" at the end of the file."""
+        blank = 0
         while True:
+            before = self._position
             while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
                 self._position += 1
+            blank += self._position - before
+            _check_blank(blank, f"{self._name}: a row")
             if self._position < len(self._text):
                 return self._text[self._position]
             if not self._more():
@@ -428,9 +452,11 @@ def _separated(file: DataFile, usual: str) -> Iterator[Record]:
         names: list[str] = []
         before = 1 if given else 0
         line = 1 + before
+        blank = 0
         try:
             for cells in reader:
-                lines.size = 0
+                blank, lines.size = 0 if any(cells) else blank + lines.size, 0
+                _check_blank(blank, f"{file.name} line {reader.line_num + before}")
                 where, line = f"{file.name} line {line}", reader.line_num + 1 + before
                 if not names:
                     names = [name.strip() for name in cells]
@@ -503,7 +529,7 @@ def _parquet(file: DataFile, wanted: Collection[str] | None, present: Collection
         paths = [table.schema.column(number).path for number in range(len(table.schema))]
         columns = [_smallest(name, paths) if name in present else name for name in columns]
         # Without threads, no column is decoded ahead of the rows that are requested.
-        batches = table.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False)
+        batches = table.iter_batches(batch_size=_ENCODED_BATCH, columns=columns, use_threads=False)
         yield from _rows(file, batches, present)
 
 
@@ -542,16 +568,10 @@ def _rows(file: DataFile, batches: Iterator[pa.RecordBatch], present: Collection
             if name in present:
                 batch = batch.set_column(batch.schema.get_field_index(name), name, _presence(batch.column(name)))
         for start in range(0, batch.num_rows, _BATCH):
-            try:
-                values = batch.slice(start, _BATCH).to_pylist(maps_as_pydicts="lossy")
-            except UnicodeDecodeError:
-                values = list(_one_by_one(batch.slice(start, _BATCH)))
-            for value in values:
+            for value in _values(batch.slice(start, _BATCH)):
                 number += 1
                 where = f"{file.name} row {number}"
-                yield (
-                    Record(where, value, columnar=True) if value is not None else Record(where, problem="is not UTF-8")
-                )
+                yield (Record(where, problem=value) if isinstance(value, str) else Record(where, value, columnar=True))
 
 
 def _presence(column: pa.Array) -> pa.Array:
@@ -564,12 +584,24 @@ def _presence(column: pa.Array) -> pa.Array:
     return column.is_valid()
 
 
-def _one_by_one(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
-    for number in range(batch.num_rows):
+def _values(rows: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """Yield the values of rows; of a row that cannot be read, the reason."""
+    if rows.nbytes <= _MAX_RECORD_BYTES:
         try:
-            yield batch.slice(number, 1).to_pylist(maps_as_pydicts="lossy")[0]
+            yield from rows.to_pylist(maps_as_pydicts="lossy")
         except UnicodeDecodeError:
-            yield None
+            pass
+        else:
+            return
+    for number in range(rows.num_rows):
+        row = rows.slice(number, 1)
+        if row.nbytes > _MAX_RECORD_BYTES:
+            yield "is longer than 64 MiB"
+            continue
+        try:
+            yield row.to_pylist(maps_as_pydicts="lossy")[0]
+        except UnicodeDecodeError:
+            yield "is not UTF-8"
 
 
 _TEXT_READERS: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[Record]]] = {

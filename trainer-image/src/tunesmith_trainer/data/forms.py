@@ -16,6 +16,7 @@ from tunesmith_trainer.data.messages import (
     is_message,
     messages_of,
     optional_text_of,
+    rating_of,
     text_of,
     tools_of,
 )
@@ -45,7 +46,6 @@ SFT_FORMS = FORMS[ObjectiveName.SFT]
 FUNCTIONS = "functions"
 """Column of the tools beside a `function_call` in rows of OpenAI's."""
 _RATING = "label"
-_BAD_RATINGS = ("false", "False")
 _ANSWER_MARK = "\n\nAssistant:"
 """Text that precedes each answer in dialogues written as one text (HH-RLHF)."""
 REQUIRED = {
@@ -135,10 +135,11 @@ def _first_answer(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 
 def _prompt_completion(value: dict[str, Any], names: dict[str, str], origin: Origin) -> dict[str, Any]:
-    if value.get(_RATING) is False or value.get(_RATING) in _BAD_RATINGS:
+    if rating_of(value.get(_RATING)) is False:
         raise RowError(
-            f"has '{_RATING}': false, so its answer is rated as bad and would be learned as if it were good: set "
-            f"objective.kto, which learns from ratings, or remove such rows or the column '{_RATING}'"
+            f"has '{_RATING}': {value[_RATING]}, so its answer is rated as bad and would be learned as if it were good:"
+            f" set objective.kto, which learns from ratings, or remove such rows; remove the column '{_RATING}' if it"
+            " is no rating"
         )
     return _prompt_and_answers(value, names, origin, "completion")
 

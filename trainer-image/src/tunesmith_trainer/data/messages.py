@@ -127,10 +127,15 @@ def flag_of(value: object, what: str) -> bool:
     """Return a boolean, given as such, as 0 or 1, or as text."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise RowError(f"{what} is null, not true or false", DropReason.NULL)
-    flag = _FLAGS.get(str(value).strip().lower())
+    flag = rating_of(value)
     if flag is None:
         raise RowError(f"{what} is {value!r}, not true or false")
     return flag
+
+
+def rating_of(value: object) -> bool | None:
+    """Return the boolean that a value stands for, as such, as 0 or 1, or as text; None if it stands for none."""
+    return _FLAGS.get(str(value).strip().lower())
 
 
 def check_media(row: dict[str, Any]) -> None:

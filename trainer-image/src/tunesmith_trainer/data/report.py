@@ -36,9 +36,16 @@ _NOT_RENDERED_FIX = (
 
 
 def joined(examples: Sequence[str], total: int) -> str:
-    """Return the first of the problems of rows as one message, with the number of the others."""
-    shown = examples[:_SHOWN_PROBLEMS]
-    rest = total - len(shown)
+    """Return the first of the problems of rows as one message, each problem once, with the number of the others."""
+    rows: dict[str, list[str]] = {}
+    for example in examples[:_SHOWN_PROBLEMS]:
+        where, _, problem = example.partition(": ")
+        rows.setdefault(problem, []).append(where)
+    shown = [
+        f"{where}: {problem}" + (f" (also {', '.join(others)})" if others else "")
+        for problem, (where, *others) in rows.items()
+    ]
+    rest = total - len(examples[:_SHOWN_PROBLEMS])
     return "; ".join(shown) + (f"; and {rest} more row{'s' if rest > 1 else ''} with errors" if rest else "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from tunesmith_trainer.data.messages import (
 )
 from tunesmith_trainer.data.report import joined
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -115,10 +117,11 @@ def read(
     for number, source in enumerate(sources):
         before, reader.files = report.read, source.files
         for file in source.files:
-            for record in records(file, reader.wanted, MEDIA_COLUMNS):
-                row = reader.row(record, number)
-                if row is not None:
-                    yield from reader.examples(row)
+            with limited(file.name, math.inf):
+                for record in records(file, reader.wanted, MEDIA_COLUMNS):
+                    row = reader.row(record, number)
+                    if row is not None:
+                        yield from reader.examples(row)
         if report.read == before:
             name = source.files[0].name if len(source.files) == 1 else source.uri
             raise DatasetInvalidError(f"{name} is empty: a data set needs at least one row")

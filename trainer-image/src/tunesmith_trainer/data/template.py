@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from tunesmith_trainer.data import reasoning
+from tunesmith_trainer.data.rows import MAX_ROW_CHARACTERS
 from tunesmith_trainer.data.served import ServedForm
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 from tunesmith_trainer.libraries import refused
 from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from transformers import PreTrainedTokenizerFast
@@ -36,6 +38,8 @@ _TAIL = 4
 """Characters by which the end of an answer is found in a text that renders its start differently."""
 _CONTEXT = 32
 """Characters before an answer by which its start is found in a text that begins in another way."""
+_PARTS_AT_ONCE = 64
+"""Parts of a text that are in memory before its length is checked."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATE_FAULTS = (
     TemplateError,
@@ -62,6 +66,24 @@ def _untranslatable(name: str) -> Iterator[None]:
 def _refuse_chance(*_: object, **__: object) -> str:
     """Replace what Jinja chooses at random."""
     raise TemplateError("random and lipsum render another text each time: remove them")
+
+
+def _bounded(parts: Iterable[str]) -> Iterator[str]:
+    """Yield the parts of a text; raise TemplateError if they are too long for the memory."""
+    iterator, size = iter(parts), 0
+    while some := list(itertools.islice(iterator, _PARTS_AT_ONCE)):
+        size += sum(map(len, some))
+        if size > MAX_ROW_CHARACTERS:
+            raise TemplateError(f"its text has more than {MAX_ROW_CHARACTERS} characters")
+        yield from some
+
+
+def _joined(parts: Iterable[str]) -> str:
+    iterator = iter(parts)
+    some = list(itertools.islice(iterator, _PARTS_AT_ONCE))
+    if len(some) < _PARTS_AT_ONCE and sum(map(len, some)) <= MAX_ROW_CHARACTERS:
+        return "".join(some)  # the usual case, in which a generator would take most of the time
+    return "".join(_bounded(itertools.chain(some, iterator)))
 
 
 class RowRejectedError(DatasetInvalidError):
@@ -150,6 +172,10 @@ class ChatTemplate:
         # The same rows give the same tokens on every day, also for an attempt that resumes tomorrow.
         environment = self._compiled.environment
         environment.globals["strftime_now"] = _TODAY.strftime
+        environment.concat = _joined
+        # Of the class, since compiled templates are cached.
+        generate = functools.partial(type(self._compiled).generate, self._compiled)
+        self._compiled.generate = lambda **variables: _bounded(generate(**variables))
         environment.globals["lipsum"] = environment.filters["random"] = _refuse_chance
         # Each rendering copies them, which takes longer from a chain of dictionaries than the usual chat's rendering.
         self._compiled.globals = dict(self._compiled.globals)

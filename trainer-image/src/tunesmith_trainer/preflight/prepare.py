@@ -225,8 +225,8 @@ def _read_base(spec: FineTuneJobSpec, folder: Path) -> _Base:
     uri = spec.base_model.uri
     config = model.load_config(folder, uri)
     tokenizer = model.load_tokenizer(folder, uri)
-    what = f"the model that config.json of the base model {uri} describes cannot be built"
-    with limited(what, _PLANNING_SECONDS), refused(what):
+    model_of = f"the model that config.json of the base model {uri} describes"
+    with limited(f"building {model_of}", _PLANNING_SECONDS), refused(f"{model_of} cannot be built"):
         modules = modules_of(config, stored_quantization(folder))
     return _Base(folder, config, tokenizer, model.end_tokens(folder, tokenizer, uri), modules)
 

@@ -33,9 +33,13 @@ def create(path: Path) -> mmap.mmap:
 
 def overdue(slot: mmap.mmap) -> str | None:
     """Return the description of work that exceeds its time limit; None if there is no such work."""
-    deadline, size = _HEAD.unpack_from(slot)
-    if not deadline or time.monotonic() < deadline:
-        return None
+    deadline, _ = _HEAD.unpack_from(slot)
+    return None if not deadline or time.monotonic() < deadline else current(slot)
+
+
+def current(slot: mmap.mmap) -> str:
+    """Return the description of the work that the watched process has announced; empty if there is none."""
+    _, size = _HEAD.unpack_from(slot)
     return slot[_HEAD.size : _HEAD.size + size].decode("utf-8", "replace")
 
 
@@ -45,7 +49,8 @@ def limited(description: str, seconds: float = 60.0) -> Iterator[None]:
 
     Args:
         description: description of the work, for the message when it exceeds the limit.
-        seconds: time limit, in seconds of wall-clock time.
+        seconds: time limit, in seconds of wall-clock time; infinite: the description only shows where a process was
+            killed.
     """
     slot = _slot()
     if slot is None:

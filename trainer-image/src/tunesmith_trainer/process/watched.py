@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.result import ExitCode, Outcome, TrainerResult
-from tunesmith_trainer.process.activity import ACTIVITY, create, overdue
+from tunesmith_trainer.process.activity import ACTIVITY, create, current, overdue
 from tunesmith_trainer.process.launch import LAUNCHED
 
 if TYPE_CHECKING:
@@ -51,19 +51,19 @@ def watched(command: Sequence[str], work: Path, deadline_seconds: float) -> Trai
         if late_work is not None or time.monotonic() >= deadline:
             process.kill()
             process.wait()
-            return _timed_out(late_work, deadline_seconds)
+            return _timed_out(late_work, current(slot), deadline_seconds)
         time.sleep(_POLL_SECONDS)
     result = TrainerResult.parse(message.read_text(encoding="utf-8")) if message.is_file() else None
-    return result or _without_result(process.returncode)
+    return result or _without_result(process.returncode, current(slot))
 
 
-def _timed_out(late_work: str | None, deadline_seconds: float) -> TrainerResult:
+def _timed_out(late_work: str | None, work: str, deadline_seconds: float) -> TrainerResult:
     if late_work is None:
         return TrainerResult(
             outcome=Outcome.FAILED,
             reason=FailureReason.DEADLINE_EXCEEDED,
-            message=f"the checks took longer than {deadline_seconds:.0f} s and were stopped: use fewer or smaller data"
-            " files, or a smaller tokenizer",
+            message=f"the checks took longer than {deadline_seconds:.0f} s and were stopped{_at(work)}: use fewer"
+            " or smaller data files, or a smaller tokenizer",
         )
     return TrainerResult(
         outcome=Outcome.FAILED,
@@ -73,20 +73,20 @@ def _timed_out(late_work: str | None, deadline_seconds: float) -> TrainerResult:
     )
 
 
-def _without_result(code: int) -> TrainerResult:
+def _without_result(code: int, work: str) -> TrainerResult:
     if code == -signal.SIGKILL:  # by the kernel: signals to this pod arrive here first
         return TrainerResult(
             outcome=Outcome.FAILED,
             reason=FailureReason.OUT_OF_MEMORY,
-            message="the checks were killed, most likely because they needed more memory than there is: a row, its"
-            " text after the chat template, or a file of the base model is too large; split or remove it",
+            message=f"the checks were killed{_at(work)}, most likely because they needed more memory than there is: a"
+            " row, its text after the chat template, or a file of the base model is too large; split or remove it",
         )
     if code in _CRASHES:
         return TrainerResult(
             outcome=Outcome.FAILED,
             reason=FailureReason.INTERNAL_ERROR,
-            message=f"the checks crashed ({signal.Signals(-code).name}) while they read the base model's files or the"
-            " data: copy them again, or use others; the log may name the library",
+            message=f"the checks crashed ({signal.Signals(-code).name}){_at(work)} while they read the base model's"
+            " files or the data: copy them again, or use others; the log may name the library",
         )
     return TrainerResult(
         outcome=Outcome.FAILED,
@@ -94,3 +94,7 @@ def _without_result(code: int) -> TrainerResult:
         message=f"the checks exited with code {code if code >= 0 else 128 - code} without a result; see the log",
         retryable=code != ExitCode.USER_FAULT,
     )
+
+
+def _at(work: str) -> str:
+    return f" at {work}" if work else ""
