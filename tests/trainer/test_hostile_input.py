@@ -145,6 +145,14 @@ def test_a_row_of_megabytes_is_dropped_before_it_is_tokenised(bench: Workbench) 
     assert "line 13: has 10485" in (dropped.examples or [""])[0]
 
 
+def test_rows_that_are_all_too_long_to_be_tokenised_are_refused(bench: Workbench) -> None:
+    ran = _validated(
+        bench, "rows.jsonl", _lines(*(chat_row(f"Why {number}?", "blue " * (2 * _MIB)) for number in (1, 2)))
+    )
+    assert "2 of 2 rows are too long, the first is rows.jsonl line 1: has 10485" in ran.result.message
+    assert ran.result.reason is FailureReason.DATASET_INVALID
+
+
 def test_encoded_values_are_decoded_few_at_a_time(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     file.write_bytes(_encoded())

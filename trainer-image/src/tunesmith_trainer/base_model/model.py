@@ -234,8 +234,8 @@ def end_tokens(base: Path, tokenizer: PreTrainedTokenizerFast, uri: str) -> list
         with refused(f"the generation_config.json of the base model {uri} cannot be read"):
             configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         given = configured if isinstance(configured, list) else [configured]
-        known = set(tokenizer.get_vocab().values())
-        tokens += dict.fromkeys(token for token in given if type(token) is int and token in known.difference(tokens))
+        known = set(tokenizer.get_vocab().values()).difference(tokens)
+        tokens += dict.fromkeys(token for token in given if type(token) is int and token in known)
     if not tokens:
         raise InvalidSpecError(
             f"the base model {uri} has no end token in its tokenizer or its generation_config.json, so its answers "

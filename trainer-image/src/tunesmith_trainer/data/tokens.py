@@ -67,7 +67,11 @@ class Counted:
         report = self.report
         overlong = report.counts.get(DropReason.OVERLONG, 0)
         reason = f"there are only {self.used}"
-        if overlong:
+        if overlong and report.longest <= limit:
+            reason = (
+                f"{overlong} of {report.rows} rows are too long, the first is {report.examples[DropReason.OVERLONG][0]}"
+            )
+        elif overlong:
             reason = (
                 f"{overlong} of {report.rows} rows have more than maxLength {limit} tokens (the longest has "
                 f"{report.longest}): raise dataset.maxLength, or set dataset.overlong to Truncate or, for texts, Chunk"
