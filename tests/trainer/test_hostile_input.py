@@ -50,6 +50,35 @@ def _encoded() -> bytes:
     return bytes(sink.getvalue())
 
 
+def _nulls() -> bytes:
+    """A kilobyte that stands for a list of two thousand million nulls."""
+    count = 2_000_000_000
+    lists = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.nulls(count))
+    sink = pa.BufferOutputStream()
+    table = pa.table({"messages": lists})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _nested(depth: int) -> bytes:
+    kind = pa.string()
+    for _ in range(depth):
+        kind = pa.list_(kind)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"messages": pa.nulls(3, kind)}), sink)
+    return bytes(sink.getvalue())
+
+
+def _damaged() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(chat_rows(4)), sink)
+    content = bytearray(sink.getvalue())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[footer : footer + 40] = b"\xff" * 40
+    return bytes(content)
+
+
 def _with_time() -> bytes:
     tool = {"name": "lookup", "parameters": {"since": datetime(2026, 1, 1, tzinfo=UTC)}}
     sink = pa.BufferOutputStream()
@@ -96,19 +125,30 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     ),
     "blank lines": (
         "rows.jsonl.gz",
-        lambda: gzip.compress(b"\n" * (8 * _MIB), 1),
-        "rows.jsonl.gz line 4194305 follows more than 4 MiB of blank text: remove it",
+        lambda: gzip.compress(b"\n" * (2 * _MIB), 1),
+        "rows.jsonl.gz line 1048577 follows more than 1 MiB of blank text: remove it",
     ),
     "blanks in a list": (
         "rows.json.gz",
-        lambda: gzip.compress(b"[" + b" " * (8 * _MIB), 1),
-        "rows.json.gz: a row follows more than 4 MiB of blank text: remove it",
+        lambda: gzip.compress(b"[" + b" " * (2 * _MIB), 1),
+        "rows.json.gz: a row follows more than 1 MiB of blank text: remove it",
     ),
     "blank lines of a table": (
         "rows.csv.gz",
-        lambda: gzip.compress(b"text\n" + b"\n" * (8 * _MIB), 1),
-        "follows more than 4 MiB of blank text: remove it",
+        lambda: gzip.compress(b"text\n" + b"\n" * (2 * _MIB), 1),
+        "follows more than 1 MiB of blank text: remove it",
     ),
+    "a list of billions of nulls": (
+        "rows.arrow",
+        _nulls,
+        "rows.arrow row 1: is longer than 64 MiB, or its lists have more than 8 million values",
+    ),
+    "lists of a thousand levels": (
+        "rows.parquet",
+        lambda: _nested(1000),
+        "rows.parquet cannot be read as parquet: Parquet schema too deeply nested",
+    ),
+    "a damaged footer": ("rows.parquet", _damaged, "rows.parquet cannot be read as parquet: Couldn't deserialize"),
     "a time in a tool": ("rows.parquet", _with_time, "Object of type datetime is not JSON serializable"),
 }
 

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 _MAX_RECORD_BYTES = 64 * 2**20
 """Size limit of a record, in bytes."""
-_MAX_BLANK_BYTES = 4 * 2**20
+_MAX_BLANK_BYTES = 2**20
 """Size limit of what is blank between two records: a gzip file of a few kilobytes may contain gigabytes of it."""
 _CHUNK = 2**20
-_BATCH = 512
-_ENCODED_BATCH = 8
-"""Rows of a Parquet file that are decoded at once: a few bytes of it may stand for a value of many megabytes."""
+_BATCH = 8
+"""Rows of a columnar file that are decoded at once: a few bytes of it may stand for a value of many megabytes."""
+_MAX_VALUES = 8 * 2**20
+"""Highest number of values in the lists of a row: in columnar files, some take no bytes."""
 _BOM = b"\xef\xbb\xbf"
 _OTHER_BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -45,6 +46,8 @@ _ANNEX_POINTER = b"/annex/objects/"
 _DELIMITERS = ",;\t|"
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*")
 """First line that names the delimiter, for Excel."""
+_NARROW = (pa.null(), pa.bool_(), pa.binary(0))
+"""Types whose values take less than a byte."""
 _BLANK = b" \t\r\n"
 _FIXES_OF_SEVERAL_LINES = {
     b"[": "; a list of rows needs a file whose name ends with .json",
@@ -107,8 +110,10 @@ def records(file: DataFile, wanted: Collection[str] | None = None, present: Coll
             yield from _TEXT_READERS[data_format](file, wanted)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DatasetInvalidError(f"{file.name} is not a complete gzip file: {error}") from None
-    except pa.ArrowException as error:
-        text = " ".join(str(error).split())[:200]
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # of the disk; pyarrow raises OSError for damaged files too
+        text = "".join(filter(str.isprintable, " ".join(str(error).split())))[:200]
         raise DatasetInvalidError(f"{file.name} cannot be read as {data_format}: {text}") from None
 
 
@@ -231,7 +236,7 @@ def _filled(content: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
 
 def _check_blank(size: int, where: str) -> None:
     if size > _MAX_BLANK_BYTES:
-        raise DatasetInvalidError(f"{where} follows more than 4 MiB of blank text: remove it")
+        raise DatasetInvalidError(f"{where} follows more than 1 MiB of blank text: remove it")
 
 
 def _decoded(content: bytes, where: str) -> Record:
@@ -529,7 +534,7 @@ def _parquet(file: DataFile, wanted: Collection[str] | None, present: Collection
         paths = [table.schema.column(number).path for number in range(len(table.schema))]
         columns = [_smallest(name, paths) if name in present else name for name in columns]
         # Without threads, no column is decoded ahead of the rows that are requested.
-        batches = table.iter_batches(batch_size=_ENCODED_BATCH, columns=columns, use_threads=False)
+        batches = table.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False)
         yield from _rows(file, batches, present)
 
 
@@ -586,7 +591,7 @@ def _presence(column: pa.Array) -> pa.Array:
 
 def _values(rows: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
     """Yield the values of rows; of a row that cannot be read, the reason."""
-    if rows.nbytes <= _MAX_RECORD_BYTES:
+    if rows.nbytes <= _MAX_RECORD_BYTES and _count(rows) <= _MAX_VALUES:
         try:
             yield from rows.to_pylist(maps_as_pydicts="lossy")
         except UnicodeDecodeError:
@@ -595,13 +600,36 @@ def _values(rows: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
             return
     for number in range(rows.num_rows):
         row = rows.slice(number, 1)
-        if row.nbytes > _MAX_RECORD_BYTES:
-            yield "is longer than 64 MiB"
+        if row.nbytes > _MAX_RECORD_BYTES or _count(row) > _MAX_VALUES:
+            yield "is longer than 64 MiB, or its lists have more than 8 million values"
             continue
         try:
             yield row.to_pylist(maps_as_pydicts="lossy")[0]
         except UnicodeDecodeError:
             yield "is not UTF-8"
+
+
+def _count(rows: pa.RecordBatch) -> int:
+    """Return the number of values in the lists of rows; 0 without values that take less than a byte."""
+    narrow = [column for column in rows.columns if _has_narrow_values(column.type)]
+    return sum(map(_values_in_lists, narrow))
+
+
+def _has_narrow_values(kind: pa.DataType) -> bool:
+    if not kind.num_fields:
+        return kind in _NARROW or pa.types.is_struct(kind)
+    return any(_has_narrow_values(kind.field(number).type) for number in range(kind.num_fields))
+
+
+def _values_in_lists(column: pa.Array) -> int:
+    if pa.types.is_struct(column.type):
+        return sum(map(_values_in_lists, column.flatten()))
+    if pa.types.is_map(column.type):
+        return _values_in_lists(column.items)
+    if not isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        return 0
+    values = column.flatten()
+    return len(values) if len(values) > _MAX_VALUES else len(values) + _values_in_lists(values)
 
 
 _TEXT_READERS: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[Record]]] = {
