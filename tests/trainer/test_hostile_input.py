@@ -212,6 +212,15 @@ def test_a_template_whose_text_is_too_long_rejects_the_row(bench: Workbench) -> 
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.DATASET_INVALID, False)
 
 
+def test_a_row_that_is_nested_deeply_is_dropped(bench: Workbench) -> None:
+    deep = f'{{"messages": [{{"role": "user", "content": {"[" * 950}{"]" * 950}}}, {{"role": "assistant"}}]}}'
+    ran = _validated(bench, "rows.jsonl", _lines(*chat_rows(12)) + deep.encode())
+    assert ran.code == 0, ran.result.message
+    assert ran.result.preflight is not None
+    (dropped,) = ran.result.preflight.dropped or []
+    assert (dropped.reason, dropped.rows) == ("Undecodable", 1)
+
+
 def test_a_chat_of_thousands_of_messages_is_dropped(bench: Workbench) -> None:
     long = {"messages": chat_row("Who?", "Marta.")["messages"] * 600}
     ran = _validated(bench, "rows.jsonl", _lines(*chat_rows(12), long))

@@ -226,6 +226,12 @@ class _Reader:
 
     def _value(self, record: Record, layout: _Layout) -> dict[str, Any]:
         """Return the content of a row, checked."""
+        try:
+            return self._checked(record, layout)
+        except RecursionError:
+            raise RowError("is nested too deeply", DropReason.UNDECODABLE) from None
+
+    def _checked(self, record: Record, layout: _Layout) -> dict[str, Any]:
         given = record.value
         if not MEDIA_COLUMNS.isdisjoint(given):
             check_media(given)
