@@ -125,8 +125,12 @@ class TestBaseFingerprint:
             struct.pack("<Q", 8) + b'{"a":{}}',
             struct.pack("<Q", 50) + b"{}",
             tensors({"a": bytes(300)})[:-200],
+            tensors({"a": bytes(300)})
+            .replace(b"[300], ", b"[9999999999999999], ")
+            .replace(b"0, 300", b"0, 9999999999999999"),
+            tensors({f"t{number}": b"" for number in range(300_000)}),
         ],
-        ids=["empty", "invalid size", "not an object", "no offsets", "cut header", "cut data"],
+        ids=["empty", "invalid size", "not an object", "no offsets", "cut header", "cut data", "large", "many tensors"],
     )
     def test_damaged_weights_are_an_error_that_names_the_file(self, model: Path, content: bytes) -> None:
         (model / "model.safetensors").write_bytes(content)

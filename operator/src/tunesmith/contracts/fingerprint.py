@@ -21,6 +21,8 @@ _IGNORED_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "_commit_hash", "name_or_path", "torch_dtype", "dtype"}
 )
 _SAMPLE = 64
+_MAX_TENSORS = 2**18
+"""Highest number of tensors of a model. Three ranges of each are read."""
 
 
 class ModelFolder(Protocol):
@@ -28,6 +30,13 @@ class ModelFolder(Protocol):
 
     def names(self) -> list[str]:
         """Return the names of the files in the folder, without sub-folders."""
+
+    def size(self, name: str) -> int:
+        """Return the size of one file in bytes.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+        """
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return bytes of one file.
@@ -46,6 +55,10 @@ class LocalModelFolder:
     def names(self) -> list[str]:
         """Return the names of the regular files in the folder."""
         return sorted(entry.name for entry in self._root.iterdir() if entry.is_file())
+
+    def size(self, name: str) -> int:
+        """Return the size of one file in bytes."""
+        return (self._root / name).stat().st_size
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return bytes of one file."""
@@ -110,13 +123,11 @@ def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tu
     found = []
     for file in weights:
         try:
-            size = header_length(folder.read(file, 0, LENGTH_BYTES), None)
-            text = folder.read(file, LENGTH_BYTES, size)
-            if len(text) != size:
-                raise ValueError("is truncated within its header: copy it again")  # noqa: TRY301 - as every other damage
-            tensors = parse_header(text, None)
+            size = folder.size(file)
+            text = folder.read(file, LENGTH_BYTES, header_length(folder.read(file, 0, LENGTH_BYTES), size))
+            tensors = parse_header(text, size, _MAX_TENSORS - len(found))
         except ValueError as error:
-            raise ValueError(f"{file} of the base model {error}") from None
+            raise ValueError(f"{file} of the base model {error}: copy it again") from None
         for name, tensor in tensors.items():
             length = min(_SAMPLE, tensor.end - tensor.start)
             offsets = (
@@ -124,10 +135,6 @@ def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tu
                 tensor.start + (tensor.end - tensor.start - length) // 2,
                 tensor.end - length,
             )
-            sample = b"".join(folder.read(file, offset, length) for offset in offsets)
-            if len(sample) != length * len(offsets):
-                raise ValueError(
-                    f"{file} of the base model is truncated before the end of tensor {name}: copy it again"
-                )
+            sample = b"".join(folder.read(file, offset, length) for offset in offsets) if length else b""
             found.append((name, tensor.dtype, tensor.shape, sample))
     return found
