@@ -108,6 +108,11 @@ def test_the_notes_name_the_keys_of_the_store(helm: Helm, tmp_path: Path, store:
         ({"gateway": {"externalUrl": "https://llm.example.com/v1"}}, "externalUrl"),
         ({"gateway": {"maxUnavailable": 0}}, "maxUnavailable"),
         ({"gateway": {"limits": {"maxSequence": 1}}}, "maxSequence"),
+        ({"gateway": {"oidc": {"issuer": "http://login.example.com"}}}, "issuer"),
+        (
+            {"gateway": {"oidc": {"issuer": "https://login.example.com"}}},
+            "gateway.oidc.issuer needs gateway.oidc.audience and gateway.oidc.namespaceClaim",
+        ),
         ({"gateway": {"redis": {"url": "redis://:secret@redis"}}}, "url"),
         (
             {"gateway": {"redis": {"caKey": "ca.crt"}}},

@@ -21,6 +21,7 @@ from tunesmith.contracts.agent import (
     gateway_keys,
 )
 from tunesmith.controller.serving.gateways import GatewayLinks
+from tunesmith.controller.serving.keyuse import KeyUseWriter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -73,7 +74,8 @@ async def gateway(request: web.Request) -> web.StreamResponse:
     assert accepts(request.headers["Authorization"], demand_tokens(gateway_keys(KEYS)))
     response = web.StreamResponse()
     await response.prepare(request)
-    line = GatewayDemand(models={"team/pirate": AdapterDemand(running=3)}).model_dump_json(by_alias=True)
+    models = {"team/pirate": AdapterDemand(running=3)}
+    line = GatewayDemand(models=models, used_keys={"alice": 1_800_000_000}).model_dump_json(by_alias=True)
     while True:
         await response.write(line.encode() + b"\n")
         await asyncio.sleep(0.2)
@@ -99,12 +101,14 @@ async def test_a_pod_of_another_chart_with_the_same_component_is_ignored(
         tracker = DemandTracker(STALE_AFTER_SECONDS)
         settings = SimpleNamespace(namespace="tunesmith-system", instance="release")
         context: Any = SimpleNamespace(installation_keys=KEYS, cluster=Cluster(pods), settings=settings)
-        task = asyncio.create_task(GatewayLinks(context, tracker).run())
+        key_use = KeyUseWriter(context.cluster, "tunesmith-system")
+        task = asyncio.create_task(GatewayLinks(context, tracker, key_use).run())
         async with asyncio.timeout(120):
             while not tracker.read(["team/pirate"], time.monotonic()).complete:
                 assert not task.done()
                 await asyncio.sleep(0.01)
         assert tracker.read(["team/pirate"], time.monotonic()).requests == 3
+        assert key_use.times == {"alice": 1_800_000_000}
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert asked == []

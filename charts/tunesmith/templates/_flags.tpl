@@ -110,6 +110,18 @@
 {{- end }}
 - {{ printf "--replicas=%s" (toString .Values.gateway.replicas) | quote }}
 - --redis-timeout-seconds={{ toJson .Values.gateway.redis.timeoutSeconds }}
+{{- if .Values.gateway.oidc.issuer }}
+- {{ printf "--oidc-issuer=%s" .Values.gateway.oidc.issuer | quote }}
+{{- end }}
+{{- if .Values.gateway.oidc.audience }}
+- {{ printf "--oidc-audience=%s" .Values.gateway.oidc.audience | quote }}
+{{- end }}
+{{- if .Values.gateway.oidc.namespaceClaim }}
+- {{ printf "--oidc-namespace-claim=%s" .Values.gateway.oidc.namespaceClaim | quote }}
+{{- end }}
+- --oidc-requests-per-minute={{ toJson .Values.gateway.oidc.requestsPerMinute }}
+- --oidc-tokens-per-day={{ toJson .Values.gateway.oidc.tokensPerDay }}
+- --oidc-max-concurrency={{ toJson .Values.gateway.oidc.maxConcurrency }}
 {{- if not .Values.gateway.accessLog }}
 - --no-access-log
 {{- end }}

@@ -29,6 +29,7 @@ from tunesmith.contracts.apikey import (
     time_text,
 )
 from tunesmith.contracts.installation import DEFAULT_NAMESPACE as GATEWAY_NAMESPACE
+from tunesmith.contracts.keyuse import KEY_USE_NAME, parse_key_use
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,7 +148,7 @@ def rotate(
 def list_(
     gateway_namespace: GatewayNamespaceOption = GATEWAY_NAMESPACE, output_format: FormatOption = Format.TEXT
 ) -> None:
-    """List the keys and what they may call; the keys themselves are not stored.
+    """List the keys, what they may call and their last use, to about two minutes; the keys themselves are not stored.
 
     Example: tunesmith keys list
     """
@@ -250,6 +251,7 @@ async def _create(
 async def _list(gateway_namespace: str, output_format: Format) -> None:
     async with await connect() as cluster:
         records = await cluster.list(KEY_KIND, gateway_namespace, labels=f"{KEY_LABEL}=true")
+        used = parse_key_use(await cluster.find(KEY_KIND, KEY_USE_NAME, gateway_namespace))
     rows = []
     lines = []
     for record in records:
@@ -260,18 +262,27 @@ async def _list(gateway_namespace: str, output_format: Format) -> None:
             note(f"the ConfigMap {record['metadata']['name']} is not a key: {error}")
             continue
         fields = _fields(key)
-        rows.append({**fields, "created": created})
+        last_used = _last_use(used.get(key.name), created)
+        rows.append({**fields, "created": created, "lastUsed": last_used})
         calls, models = (",".join(fields[name]) for name in ("namespaces", "models"))
         limits, expires = _limits_text(key, ",") or "-", fields["expires"] or "-"
-        lines.append((key.name, key.home, calls, models, limits, expires, created))
+        lines.append((key.name, key.home, calls, models, limits, expires, created, last_used or "never"))
     if output_format is Format.JSON:
         print_json(rows)
         return
     print_table(
-        ("NAME", "NAMESPACE", "MAY CALL", "MODELS", "LIMITS", "EXPIRES", "CREATED"),
+        ("NAME", "NAMESPACE", "MAY CALL", "MODELS", "LIMITS", "EXPIRES", "CREATED", "LAST USED"),
         lines,
         empty=f"no keys in {gateway_namespace}: create one with `tunesmith keys create NAME`",
     )
+
+
+def _last_use(at: int | None, created: str) -> str | None:
+    """Return the time of the last use; None if it is that of an earlier key of the same name, or if there is none."""
+    if at is None:
+        return None
+    last_used = time_text(datetime.fromtimestamp(at, UTC))
+    return last_used if last_used >= created else None
 
 
 def _fields(key: ApiKey) -> dict[str, Any]:

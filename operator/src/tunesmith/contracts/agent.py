@@ -144,6 +144,8 @@ MAX_MESSAGE = 1000
 MAX_ADAPTERS = 2048
 """Highest number of revisions on one pod, with those still being unloaded."""
 MAX_MODELS = 20_000
+MAX_USED_KEYS = 20_000
+"""Highest number of API keys whose last use a gateway reports."""
 """Highest number of models with requests that a gateway reports."""
 MAX_REQUESTS = 1_000_000
 """Highest plausible number of requests for one model at one gateway; a higher one is invalid."""
@@ -341,6 +343,12 @@ class GatewayDemand(_WireModel):
         default_factory=dict,
         max_length=MAX_COMPARISONS,
         description="Comparisons of shadows that changed since the preceding line; the first line of a stream has all.",
+    )
+    used_keys: dict[Annotated[str, Field(max_length=253)], Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict,
+        max_length=MAX_USED_KEYS,
+        description="API keys that were used since the preceding line, with the Unix time in seconds; the first line "
+        "of a stream has all. A key is repeated after a minute at the earliest.",
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import HEARTBEAT_SECONDS, TRAFFIC_SECONDS, AdapterDemand, GatewayDemand
 from tunesmith.gateway.broadcast import Broadcast, wait_for_event
 from tunesmith.gateway.comparison import Comparisons
+from tunesmith.gateway.key_use import KeyUse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,6 +29,8 @@ class Demand:
         self.waiting: Counter[str] = Counter()
         self.comparisons = Comparisons()
         """Comparisons of shadows."""
+        self.key_use = KeyUse(time.time)
+        """Last use of API keys."""
         self._changed = Broadcast()
 
     def add_running(self, model: str, engine_name: str, count: int) -> None:
@@ -57,15 +61,17 @@ class Demand:
     async def lines(self) -> AsyncIterator[bytes]:
         """Yield NDJSON lines: immediately, on each change, and at least once per heartbeat.
 
-        Comparisons are in the first line, and later if they have changed, at most every `TRAFFIC_SECONDS`.
+        Comparisons and the use of keys are in the first line, and later if they have changed, at most every
+        `TRAFFIC_SECONDS`.
         """
         loop = asyncio.get_running_loop()
-        seen, due = 0, loop.time()
+        seen, keys_seen, due = 0, 0, loop.time()
         while True:
             changed = self._changed.next()
             line = self.snapshot()
             if loop.time() >= due:
                 seen, line.comparisons = self.comparisons.since(seen)
+                keys_seen, line.used_keys = self.key_use.since(keys_seen)
                 due = loop.time() + TRAFFIC_SECONDS
             yield line.model_dump_json(by_alias=True).encode() + b"\n"
             await asyncio.sleep(MIN_INTERVAL_SECONDS)

@@ -90,6 +90,24 @@ def invalid_key() -> ApiError:
     )
 
 
+def invalid_token(reason: str) -> ApiError:
+    """401: the token of an OpenID Connect issuer is not valid; the reason names no value of it."""
+    return ApiError(
+        HTTPStatus.UNAUTHORIZED,
+        f"The token is not valid: {reason}. Get a new one from your issuer, or use an API key.",
+        code="invalid_token",
+    )
+
+
+def issuer_unreachable() -> ApiError:
+    """503: the keys of the OpenID Connect issuer have never been read."""
+    return _unavailable(
+        "The keys of the issuer of tokens cannot be read, so tokens cannot be checked. Try again later.",
+        "issuer_unreachable",
+        5,
+    )
+
+
 def expired_key() -> ApiError:
     """401: the key was valid until some time ago, or was replaced by another one."""
     return ApiError(

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.metrics import Metrics
+    from tunesmith.gateway.oidc import TokenVerifier
     from tunesmith.gateway.quotas import Quotas
     from tunesmith.gateway.request import Call
 
@@ -97,6 +98,7 @@ class Proxy:
         session: aiohttp.ClientSession,
         gateway_keys: Callable[[], Keys],
         keys: KeyTable,
+        tokens: TokenVerifier | None,
         catalog: Catalog,
         backends: BackendTable,
         crashes: CrashTable,
@@ -116,6 +118,7 @@ class Proxy:
         self._metrics = metrics
         self._limits = limits
         self._quotas = quotas
+        self._use_of_keys = demand.key_use
         self._cors = cors
         self._record = record
         self._clock = clock
@@ -131,7 +134,9 @@ class Proxy:
         def closing() -> bool:
             return self.closing
 
-        self._requests = RequestReader(gateway_keys, keys, catalog, limits, clock=clock, synced=synced, closing=closing)
+        self._requests = RequestReader(
+            gateway_keys, keys, tokens, catalog, limits, clock=clock, synced=synced, closing=closing
+        )
         self._hold = RequestHold(catalog, backends, demand, limits, replicas=replicas, clock=clock)
         self._mirrors = Mirrors(
             session,
@@ -259,8 +264,10 @@ class Proxy:
         Raises:
             ApiError: the request has no valid key, or the key has used up its limit.
         """
-        key = self._requests.authenticate(exchange.request)
+        key = await self._requests.authenticate(exchange.request)
         exchange.key = key.name
+        if key.digest:  # not that of a token
+            self._use_of_keys.record(key.name)
         exchange.request[LIMIT_HEADERS] |= await self._quotas.count_request(key)
         return key
 

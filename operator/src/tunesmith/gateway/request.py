@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.mirror import Mirror
+    from tunesmith.gateway.oidc import TokenVerifier
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 _SECRET_KEY_PREFIX = "sk-"  # noqa: S105 - not a key
@@ -114,6 +115,7 @@ class RequestReader:
     Args:
         gateway_keys: returns the gateway's keys, from which the salts of the prefix cache are derived.
         keys: the valid API keys.
+        tokens: checks tokens of an OpenID Connect issuer; None: there is none.
         catalog: the models.
         limits: bounds of a body.
         clock: monotonic seconds.
@@ -125,6 +127,7 @@ class RequestReader:
         self,
         gateway_keys: Callable[[], Keys],
         keys: KeyTable,
+        tokens: TokenVerifier | None,
         catalog: Catalog,
         limits: Limits,
         *,
@@ -134,20 +137,24 @@ class RequestReader:
     ) -> None:
         self._gateway_keys = gateway_keys
         self._keys = keys
+        self._tokens = tokens
         self._catalog = catalog
         self._limits = limits
         self._clock = clock
         self._synced = synced
         self._closing = closing
 
-    def authenticate(self, request: web.BaseRequest) -> ApiKey:
-        """Return the API key of a request.
+    async def authenticate(self, request: web.BaseRequest) -> ApiKey:
+        """Return the API key of a request, or that for which its token stands.
 
         Raises:
             ApiError: the request has no valid key or an expired one, or the gateway has not read all keys yet.
         """
+        presented = presented_key(request)
+        if self._tokens is not None and self._tokens.accepts(presented):
+            return await self._tokens.find(presented)
         try:
-            key = presented_key(request, self._keys)
+            key = self._keys.find(presented)
         except ExpiredKeyError:
             raise errors.expired_key() from None
         if key is None:
@@ -191,8 +198,8 @@ def request_id(request: web.BaseRequest) -> str:
     return secrets.token_hex(8)
 
 
-def presented_key(request: web.BaseRequest, keys: KeyTable) -> ApiKey | None:
-    """Return the API key of a request, or None if it is not valid. Anthropic's clients send it as `x-api-key`.
+def presented_key(request: web.BaseRequest) -> str:
+    """Return the API key or token that a request presents. Anthropic's clients send it as `x-api-key`.
 
     Raises:
         ApiError: the request has no key.
@@ -202,7 +209,7 @@ def presented_key(request: web.BaseRequest, keys: KeyTable) -> ApiKey | None:
     presented = presented or request.headers.get("x-api-key", "").strip()
     if not presented:
         raise errors.missing_key()
-    return keys.find(presented)
+    return presented
 
 
 def require(request: web.BaseRequest, *methods: str) -> None:

@@ -22,6 +22,7 @@ from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.internal import internal_app
 from tunesmith.gateway.keys import KeyTable
 from tunesmith.gateway.metrics import Metrics
+from tunesmith.gateway.oidc import TokenVerifier
 from tunesmith.gateway.proxy import Proxy
 from tunesmith.gateway.quotas import Quotas
 from tunesmith.gateway.shared_counters import SharedCounters, url_in
@@ -95,6 +96,10 @@ class Gateway:
             catalog=self.catalog,
             changed=lambda: self.backends.sync(self.catalog.pods()),
         )
+        self._tokens: TokenVerifier | None = None
+        oidc = settings.oidc()
+        if oidc is not None:
+            self._tokens = TokenVerifier(oidc, self._session, clock=loop.time, wall_clock=time.time)
         counters = LocalCounters(time.time)
         self._shared: SharedCounters | None = None
         if settings.redis_url_file is not None:
@@ -109,6 +114,7 @@ class Gateway:
             session=self._session,
             gateway_keys=gateway_keys,
             keys=self.keys,
+            tokens=self._tokens,
             catalog=self.catalog,
             backends=self.backends,
             crashes=self.crashes,
@@ -157,6 +163,8 @@ class Gateway:
             asyncio.create_task(self.feed.run(), name="watches"),
             asyncio.create_task(self._server.sweep(), name="connections"),
         ]
+        if self._tokens is not None:
+            self._tasks.append(asyncio.create_task(self._tokens.run(), name="keys of the issuer"))
         if self._shared is not None:
             self._tasks.append(asyncio.create_task(self._shared.run(), name="shared limits"))
         return self

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT, GATEWAY_INTERNAL_PORT, GATEWAY_PORT
-from tunesmith.contracts.settings import ChartValue, Internal
+from tunesmith.contracts.apikey import MAX_LIMIT
+from tunesmith.contracts.settings import ChartValue, Internal, SettingPattern
 from tunesmith.gateway.cors import Origins  # noqa: TC001 - read by pydantic
 from tunesmith.gateway.limits import Limits
+from tunesmith.gateway.oidc import OidcSettings
 from tunesmith.settings import ClusterSettings
 
 GATEWAY_KEY_FILE = Path("/etc/tunesmith/gateway/key")
@@ -58,6 +60,26 @@ class GatewaySettings(Limits, ClusterSettings):
         float, Field(gt=0, le=10, allow_inf_nan=False), ChartValue("gateway.redis.timeoutSeconds")
     ] = 0.25
     """Seconds after which an unanswered Redis is down and the gateway applies its share, until Redis answers again."""
+    oidc_issuer: Annotated[
+        str,
+        Field(max_length=512),
+        SettingPattern("|https?://.+", "a URL"),
+        ChartValue("gateway.oidc.issuer", narrower={"pattern": "^$|^https://.+$"}),
+    ] = ""
+    """URL of the OpenID Connect issuer whose tokens are accepted beside API keys, as they have it in `iss`; empty:
+    none."""
+    oidc_audience: Annotated[str, Field(max_length=512), ChartValue("gateway.oidc.audience")] = ""
+    """Audience (`aud`) that a token must have."""
+    oidc_namespace_claim: Annotated[str, Field(max_length=253), ChartValue("gateway.oidc.namespaceClaim")] = ""
+    """Claim of a token with the namespace whose models it may call, or a list of them; the first one is its own."""
+    oidc_requests_per_minute: Annotated[
+        int, Field(ge=0, le=MAX_LIMIT), ChartValue("gateway.oidc.requestsPerMinute")
+    ] = 0
+    """Requests in a minute of each subject of a token; 0: no limit."""
+    oidc_tokens_per_day: Annotated[int, Field(ge=0, le=MAX_LIMIT), ChartValue("gateway.oidc.tokensPerDay")] = 0
+    """Tokens of prompts and answers in a day of each subject of a token; 0: no limit."""
+    oidc_max_concurrency: Annotated[int, Field(ge=0, le=MAX_LIMIT), ChartValue("gateway.oidc.maxConcurrency")] = 0
+    """Sequences at once of each subject of a token; 0: no limit."""
     access_log: Annotated[bool, ChartValue("gateway.accessLog")] = True
     """Write a line of JSON to stdout for each request, without API keys and contents."""
     cors_origins: Annotated[Origins, ChartValue("gateway.corsOrigins")] = ()
@@ -80,3 +102,25 @@ class GatewaySettings(Limits, ClusterSettings):
     ] = 600
     """Seconds that running requests may take once new connections are refused; the remaining ones are cut off
     with an error."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.oidc_issuer and not (self.oidc_audience and self.oidc_namespace_claim):
+            raise ValueError(
+                "tokens of an issuer need --oidc-audience and --oidc-namespace-claim (chart values"
+                " gateway.oidc.audience and gateway.oidc.namespaceClaim): set both, or remove --oidc-issuer"
+            )
+        return self
+
+    def oidc(self) -> OidcSettings | None:
+        """Return what a token must have; None: no issuer is configured."""
+        if not self.oidc_issuer:
+            return None
+        return OidcSettings(
+            self.oidc_issuer,
+            self.oidc_audience,
+            self.oidc_namespace_claim,
+            self.oidc_requests_per_minute or None,
+            self.oidc_tokens_per_day or None,
+            self.oidc_max_concurrency or None,
+        )

@@ -197,6 +197,7 @@ class AdapterDeploymentReconciler:
         """Read the gateways' demand, and evaluate the expressions of rollouts."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._state.gateways.run())
+            group.create_task(self._state.key_use.run())
             group.create_task(self._queries.run())
 
     def _differs_in_measures_only(self, adapter: AdapterDeployment, status: AdapterDeploymentStatus) -> bool:

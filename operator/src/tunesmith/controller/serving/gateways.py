@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from tunesmith.autoscale.demand import DemandTracker
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.context import Context
+    from tunesmith.controller.serving.keyuse import KeyUseWriter
 
 
 class GatewayLinks:
-    """The gateways' demand streams, which update the tracker."""
+    """The gateways' demand streams, which update the tracker and the last use of keys."""
 
-    def __init__(self, context: Context, tracker: DemandTracker) -> None:
+    def __init__(self, context: Context, tracker: DemandTracker, key_use: KeyUseWriter) -> None:
         self._context = context
         self._tracker = tracker
+        self._key_use = key_use
 
     async def run(self) -> None:
         """Follow every gateway pod of this release. Runs until cancelled.
@@ -62,7 +64,9 @@ class GatewayLinks:
 
     async def _listen(self, session: aiohttp.ClientSession, uid: str, stream: Stream) -> None:
         def read(line: bytes) -> None:
-            self._tracker.record(uid, GatewayDemand.model_validate_json(line), time.monotonic())
+            demand = GatewayDemand.model_validate_json(line)
+            self._tracker.record(uid, demand, time.monotonic())
+            self._key_use.record(demand.used_keys)
 
         def failed(error: str) -> None:
             self._tracker.record_error(uid, error)

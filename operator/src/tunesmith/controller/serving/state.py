@@ -19,6 +19,7 @@ from tunesmith.controller.parsed import Parsed
 from tunesmith.controller.reconciler import key_of
 from tunesmith.controller.serving.agents import AgentLinks
 from tunesmith.controller.serving.gateways import GatewayLinks
+from tunesmith.controller.serving.keyuse import KeyUseWriter
 from tunesmith.controller.status import StatusWriter
 from tunesmith.serving.pod import PoolPod, observe_pod
 from tunesmith.serving.render import deployment_name, is_owned_by, is_pod_of
@@ -92,7 +93,8 @@ class ServingState:
             context.caches[kind].index(name, values)
         self.agents = AgentLinks(context)
         self.demand = DemandTracker(STALE_AFTER_SECONDS, on_first_requests=self._wake_model)
-        self.gateways = GatewayLinks(context, self.demand)
+        self.key_use = KeyUseWriter(context.cluster, context.settings.namespace)
+        self.gateways = GatewayLinks(context, self.demand, self.key_use)
         self.unplaced: dict[str, Mapping[str, str]] = {}
         """Reasons why there is no room for copies, by pool UID and engine name."""
         self._windows: dict[str, tuple[float, Window]] = {}
