@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-density benchmark-encoding benchmark-gateway benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -62,6 +62,9 @@ benchmark-operator: environment ## Measure the operator's work with up to 4,000 
 
 benchmark-gateway: environment ## Measure a gateway that reads 10,000 adapters and API keys; fails above 3 s of CPU or a pause of 100 ms
 	@$(STEP) --live "gateway" $(RUN) python -m benchmarks.gateway.benchmark
+
+benchmark-flood: environment ## Measure what a flood of one API key does to another one's requests; fails above 1.5 times their p95
+	@$(STEP) --live "flood" $(RUN) python -m benchmarks.gateway.flood
 
 benchmark-encoding: environment-trainer model ## Measure the CPU time of encoding chats
 	@$(STEP) --live "encoding" $(UV) run --frozen --no-sync --project trainer-image python benchmarks/encoding/benchmark.py \
