@@ -7,7 +7,6 @@ blocks the event loop meanwhile. The exposition is rendered in pieces that take 
 from __future__ import annotations
 
 from bisect import bisect_left
-from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -213,13 +212,12 @@ class Metrics:
             series,
             lambda model: (f'{name}{{code="{code}",{model.label}}} {count}.0\n' for code, count in model.codes.items()),
         )
-        for family, histogram in (
-            (DURATION, lambda model: model.seconds),
-            (FIRST_TOKEN, lambda model: model.first_token),
-            (PER_OUTPUT_TOKEN, lambda model: model.per_token),
-        ):
-            yield _head(family, family.name)
-            yield from _pieces(series, partial(_histogram_lines, histogram, family.name))
+        yield _head(DURATION, DURATION.name)
+        yield from _pieces(series, lambda entry: entry.seconds.lines(DURATION.name, entry.label))
+        yield _head(FIRST_TOKEN, FIRST_TOKEN.name)
+        yield from _pieces(series, lambda entry: entry.first_token.lines(FIRST_TOKEN.name, entry.label))
+        yield _head(PER_OUTPUT_TOKEN, PER_OUTPUT_TOKEN.name)
+        yield from _pieces(series, lambda entry: entry.per_token.lines(PER_OUTPUT_TOKEN.name, entry.label))
         yield _head(TOKENS, f"{TOKENS.name}_total")
         yield from _pieces(series, _token_lines)
         yield from self._shadows()
@@ -272,10 +270,6 @@ def _revision_label(name: str) -> str:
 
 def _head(family: Metric, name: str) -> bytes:
     return f"# HELP {name} {family.documentation}\n# TYPE {name} {family.type}\n".encode()
-
-
-def _histogram_lines(choose: Callable[[_Series], _Histogram], name: str, series: _Series) -> Iterator[str]:
-    return choose(series).lines(name, series.label)
 
 
 def _token_lines(series: _Series) -> Iterator[str]:
