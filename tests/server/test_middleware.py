@@ -636,3 +636,84 @@ async def test_a_mirrored_request_is_counted_apart_and_never_waits_for_a_slot(mo
     await asyncio.gather(*running)
     assert (await Exchange(app, CHAT, HELLO | {"model": "third"}, **SHADOW).run()).status == 200
     assert (await traffic(app))["models"]["third"]["shadow"] == {**counts["shadow"], "requests": 1}
+
+
+REPORTED = {"input_tokens": 31, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 3, "total_tokens": 34}
+CLIENTS_OWN = [{"type": "function", "name": "f", "parameters": {"usage": {"input_tokens": 9000}, "model": "other"}}]
+RESPONSE = {
+    "id": "resp_1",
+    "metadata": {"a": "b"},
+    "tools": CLIENTS_OWN,
+    "model": "pool/base",
+    "usage": REPORTED,
+    "user": None,
+}
+MESSAGE = {"id": "m", "content": [{"type": "text", "text": "{}"}], "model": "pool/base", "usage": REPORTED}
+
+
+def _event(**members: Any) -> bytes:
+    return b"event: x\ndata: " + json.dumps(members).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(("path", "reply"), [("/v1/responses", RESPONSE), ("/v1/messages", MESSAGE)])
+async def test_a_reply_begins_with_its_model_and_ends_with_its_usage(
+    module: ModuleType, path: str, reply: dict[str, Any]
+) -> None:
+    engine, alias = Engine(), "team/whole@0123456789ab"
+    app, scope = module.Middleware(engine), {"app": _with_base()}
+    await Exchange(app, "/tunesmith/base-names", {"names": [alias]}, token=ADMIN, **scope).run()
+    data = json.dumps(reply).encode()
+    engine.reply = [data[:20], data[20:]]
+    request = {"model": alias, "input": "x"} if path == "/v1/responses" else {**HELLO, "model": alias, "max_tokens": 5}
+    answer = await Exchange(app, path, request, **scope).run()
+    document = json.loads(answer.body)
+    assert (next(iter(document)), list(document)[-1]) == ("model", "usage")
+    assert document == {**reply, "model": alias}
+    assert dict(answer.sent[0]["headers"])[b"content-length"] == str(len(answer.body)).encode()
+    totals = {"requests": 1, "promptTokens": 31, "completionTokens": 3}
+    assert (await state(app))["totals"][alias].items() >= totals.items()
+
+
+async def test_events_of_responses_begin_with_their_model_and_others_pass(module: ModuleType) -> None:
+    engine, alias = Engine(), "team/whole@0123456789ab"
+    app, scope = module.Middleware(engine), {"app": _with_base()}
+    await Exchange(app, "/tunesmith/base-names", {"names": [alias]}, token=ADMIN, **scope).run()
+    created = _event(response={**RESPONSE, "usage": None}, sequence_number=0, type="response.created")
+    delta = _event(delta='say "model" and "usage"', type="response.output_text.delta")
+    completed = _event(response=RESPONSE, type="response.completed")
+    engine.reply = [created[:50], created[50:] + delta, completed]
+    answer = await Exchange(app, "/v1/responses", {"model": alias, "input": "x", "stream": True}, **scope).run()
+    first, second, third, _ = answer.body.split(b"\n\n")
+    for event in (first, third):
+        assert event.startswith(b'event: x\ndata: {"response":{"model":"team/whole@0123456789ab",')
+    assert second + b"\n\n" == delta
+    assert json.loads(third.partition(b"data: ")[2])["response"] == {**RESPONSE, "model": alias}
+    totals = {"requests": 1, "promptTokens": 31, "completionTokens": 3}
+    assert (await state(app))["totals"][alias].items() >= totals.items()
+
+
+async def test_events_of_messages_count_their_tokens_once(module: ModuleType) -> None:
+    engine = Engine()
+    app, scope = module.Middleware(engine), {"app": _with_base()}
+    start = _event(type="message_start", message={**MESSAGE, "usage": {"input_tokens": 31, "output_tokens": 0}})
+    delta = _event(type="message_delta", usage={"input_tokens": 21, "cache_read_input_tokens": 10, "output_tokens": 3})
+    engine.reply = [start, delta]
+    body = {**HELLO, "model": "pool/base", "max_tokens": 5, "stream": True}
+    answer = await Exchange(app, "/v1/messages", body, **scope).run()
+    assert answer.body.startswith(b'event: x\ndata: {"message":{"model":"pool/base",')
+    assert answer.body.endswith(delta)
+    totals = {"requests": 1, "promptTokens": 31, "completionTokens": 3}
+    assert (await state(app))["totals"]["pool/base"].items() >= totals.items()
+
+
+async def test_an_engine_without_an_api_differs_from_one_without_the_model(module: ModuleType) -> None:
+    engine = Engine()
+    app = _with_base()
+    app.routes = [SimpleNamespace(path="/v1/embeddings"), SimpleNamespace()]
+    for path, status in (("/v1/embeddings", 200), ("/v1/rerank", 404)):
+        body = {"model": "pool/base", "input": "x", "query": "x", "documents": ["y"]}
+        body = {name: body[name] for name in (("model", "input") if status == 200 else ("model", "query", "documents"))}
+        answer = await Exchange(module.Middleware(engine), path, body, app=app).run()
+        assert answer.status == status
+    assert answer.code == "api_not_served"
+    assert dict(answer.sent[0]["headers"])[b"x-tunesmith-no-route"] == b"true"
