@@ -352,8 +352,9 @@ def test_end_tokens_that_the_tokenizer_does_not_have_are_ignored(bench: Workbenc
         (OSError(errno.ENOSPC, "No space left on device", "rows.arrow"), FailureReason.OUT_OF_DISK),
         (RuntimeError("cannot write: No space left on device (os error 28)"), FailureReason.OUT_OF_DISK),
         (Exception("WordLevel error: Missing [UNK] token"), FailureReason.INTERNAL_ERROR),
+        (OSError(errno.EROFS, "Read-only file system", "out/metrics.csv"), FailureReason.INTERNAL_ERROR),
     ],
-    ids=["memory", "disk", "disk of a library", "tokenizer"],
+    ids=["memory", "disk", "disk of a library", "tokenizer", "read-only disk"],
 )
 def test_what_would_fail_again_is_not_retried(error: Exception, reason: FailureReason) -> None:
     result = failure(error, Ranks())

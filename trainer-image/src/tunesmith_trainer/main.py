@@ -92,6 +92,8 @@ _PROGRAM_ERRORS = (
     ValueError,
 )
 """Errors of a program, which another attempt would raise again; those of devices, stores and trackers are others."""
+_UNUSABLE_FILES = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR})
+"""Errors of files that another attempt would have too."""
 _OF_DEVICES = re.compile(r"CUDA (error|driver)|CUBLAS_STATUS|cuDNN error|CUDNN_STATUS|cusolver error|NCCL|NVML")
 """Text of the errors of GPUs, which torch raises as RuntimeError."""
 _OF_INDICES = "device-side assert"
@@ -155,6 +157,11 @@ def failure(error: Exception, ranks: Ranks) -> TrainerResult:
         error = OutOfDiskError(
             f"the disk has no room ({' '.join(str(error).split())[:300]}): free some, or use a larger one; a local run"
             " takes another folder with --work, and its result with --output"
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _UNUSABLE_FILES:
+        error = TrainerError(
+            f"a file or folder of this machine cannot be used ({' '.join(str(error).split())[:300]}): correct its"
+            " permissions; a local run takes another folder with --work, and its result with --output"
         )
     known = error if isinstance(error, TrainerError) else denied(error, "a connection") or lost_peer(error, ranks)
     if known is None:
