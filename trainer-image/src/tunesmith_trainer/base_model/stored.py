@@ -33,8 +33,8 @@ _BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
 _DOUBLY_QUANTIZED = 0.516
 _IN_4_BITS = ("nf4", "fp4")
 _FP8_TYPES = frozenset({"F8_E4M3", "F8_E5M2"})
-_FP8_SCALES = ("_scale_inv", "_scale")
-"""Ends of the names of the scales of FP8 weights."""
+_FP8_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+"""Ends of the names of scales, in place of the end `weight` of the name of their FP8 weights."""
 _NESTED_MAP, _NESTED_SCALES = ".nested_quant_map", ".nested_absmax"
 """Ends of the names of the parts of a scale that bitsandbytes has itself quantised."""
 _CONVERSION_FAILED = "automatic conversion of the weights"
@@ -145,7 +145,14 @@ def _check_scales(folder: Path) -> None:
     """Raise InvalidSpecError if quantised weights lack their scales: transformers would read them as if scaled by 1."""
     types = {name: tensor.dtype for file in folder.glob("*.safetensors") for name, tensor in read_tensors(file).items()}
     for name, dtype in sorted(types.items()):
-        scales = [f"{name}{end}" for end in _FP8_SCALES] if dtype in _FP8_TYPES else []
+        scales = []
+        if dtype in _FP8_TYPES:
+            module = name.removesuffix("weight")
+            scales = [
+                f"{name}_scale_inv",
+                f"{name}.scale",
+                *(f"{module}{end}" for end in _FP8_SCALES if module != name),
+            ]
         if name.endswith(_NESTED_MAP):
             scales = [name.removesuffix(_NESTED_MAP) + _NESTED_SCALES]
         if scales and types.keys().isdisjoint(scales):
