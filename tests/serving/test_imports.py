@@ -37,7 +37,7 @@ RESULT = TrainerResult(
     outcome=Outcome.SUCCEEDED,
     message="imported hf://org/doors (PEFT, rank 8)",
     artifact=ArtifactStatus(uri="s3://elsewhere/x", digest=DIGEST, size_bytes=7, servable=ServableStatus(vllm=True)),
-    imported=ImportedAdapter(base_model_fingerprint="sha256:f", rank=8, parity=True),
+    imported=ImportedAdapter(base_model_fingerprint="sha256:f", rank=8, parity=True, missed_gates=1),
 )
 
 
@@ -152,7 +152,7 @@ def test_the_artifact_is_at_the_computed_location(adapter: Callable[..., Any], p
     name = named(wanted, base)
     found = decide(wanted, base, jobs={name: finished(name, RESULT)})
     folder = f"{STORE}/team/pirate-uid-pirate/import-{name.rpartition('-')[2]}/artifact"
-    assert found.artifact == Artifact(DIGEST, folder, "sha256:f", "import of hf://org/doors", rank=8)
+    assert found.artifact == Artifact(DIGEST, folder, "sha256:f", "import of hf://org/doors", rank=8, missed_gates=1)
     assert found.record is not None
     assert found.record.artifact is not None
     assert found.record.artifact.uri == folder

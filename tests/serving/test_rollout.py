@@ -85,6 +85,7 @@ class Engine:
     name: str
     start: str = "aa"
     reports: bool = True
+    is_known: bool = True
     loads: bool = True
     held: dict[str, Counters] = field(default_factory=dict)
     counted: dict[str, Counters] = field(default_factory=dict)
@@ -148,7 +149,7 @@ class Cluster:
                     gate=True,
                     deletion_cost=None,
                     stopping=False,
-                    state=PodState(engine_ready=True, adapters=adapters, traffic=traffic),
+                    state=PodState(engine_ready=True, adapters=adapters, traffic=traffic) if engine.is_known else None,
                     is_reporting=engine.reports,
                 )
             )
@@ -377,6 +378,16 @@ def test_a_pod_that_does_not_report_is_no_success(cluster: Build) -> None:
     made.engines[0].counters("b").add(50, errors=50)
     made.settle()
     assert made.phase == "RolledBack", "the requests that are known suffice"
+
+
+def test_a_pod_that_is_silent_after_a_restart_of_the_operator_is_no_success(cluster: Build) -> None:
+    made = cluster(pods=2, copies=2, rollout={**CANARY, "steps": [{"weight": 100, "pauseSeconds": 0}]})
+    made.settle()
+    made.engines[0].counters("b").add(50)
+    made.engines[1].reports = made.engines[1].is_known = False
+    made.wait()
+    assert letters(made.status) == "b:100 a:0"
+    assert made.measures[0].message == "pod pod-1 does not report its requests"
 
 
 def test_a_revision_that_cannot_be_loaded_is_rolled_back(cluster: Build) -> None:

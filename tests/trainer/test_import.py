@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.trainer.foreign_rig import change_config, import_adapter, loaded, logits, peft_adapter, rename_tensors
 from tests.trainer.tiny_model import make
 from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob_status import EvaluationStatus, GateStatus
 from tunesmith.contracts.artifact import digest_of, parse_manifest
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
@@ -127,6 +128,23 @@ def test_an_artifact_is_copied_unchanged_with_its_digest(base_model: Path, tmp_p
     assert second.result.artifact.digest == first.result.artifact.digest
     for file in first.folder.iterdir():
         assert (second.folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_gates_that_an_artifact_missed_are_counted(base_model: Path, tmp_path: Path) -> None:
+    peft_adapter(base_model, tmp_path / "adapter")
+    first = import_adapter(tmp_path / "adapter", base_model, tmp_path)
+    assert first.result.imported is not None
+    assert first.result.imported.missed_gates is None
+    manifest = parse_manifest((first.folder / ARTIFACT_MANIFEST).read_bytes())
+    gates = [GateStatus(suite="rows", metric="Loss", value=value, max=1.0, passed=value <= 1) for value in (0.5, 2.0)]
+    manifest = manifest.model_copy(update={"evaluation": EvaluationStatus(gates=gates)})
+    (first.folder / ARTIFACT_MANIFEST).write_bytes(manifest.to_bytes())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    second = import_adapter(first.folder, base_model, copy)
+    assert second.code == 0, second.result.message
+    assert second.result.imported is not None
+    assert second.result.imported.missed_gates == 1
 
 
 def test_training_continues_from_an_imported_adapter(

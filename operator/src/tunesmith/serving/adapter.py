@@ -207,7 +207,7 @@ def _rolled(adapter: AdapterDeployment, observation: AdapterObservation, now: da
         from_source=source is not None and bool(observed) and observed[0].digest == source,
         copies=observation.decision.replicas,
         answering=sum(1 for pod in observation.pods if pod.answering),
-        evidence=_evidence(observed[0], observation) if observed else Evidence(),
+        evidence=_evidence(adapter, observed[0], observation) if observed else Evidence(),
     )
     return next_rollout(adapter, found, now)
 
@@ -241,14 +241,18 @@ def _observed_revisions(
     return [_observed(revision, observation) for revision in ordered], source.digest if source is not None else None
 
 
-def _evidence(revision: Revision, observation: AdapterObservation) -> Evidence:
+def _evidence(adapter: AdapterDeployment, revision: Revision, observation: AdapterObservation) -> Evidence:
     """Return the facts about a revision that decide about its rollout."""
+    rollout = adapter.status.rollout
+    # A pod that counted before is expected to report, although a restarted operator does not know what it holds.
+    counted = {pod.uid for pod in rollout.pods} if rollout is not None and rollout.digest == revision.digest else set()
     pods = []
     for pod in observation.pods:
         if pod.stopping:
             continue
         traffic = pod.traffic(revision.engine_name)
-        if revision.engine_name in pod.resident or (traffic is not None and traffic.start):
+        is_counting = traffic is not None and bool(traffic.start)
+        if revision.engine_name in pod.resident or is_counting or pod.uid in counted:
             pods.append(PodMeasure(pod.uid, pod.name, traffic))
     missed = observation.artifact.missed_gates if isinstance(observation.artifact, Artifact) else None
     comparisons = observation.comparisons.get(revision.engine_name, ())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import AdapterDeploymentCondition, EventReason
 from tunesmith.api.rollout import Measure, MeasuredTraffic
+from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import NewEvent
 from tunesmith.serving.resolve import short
 
@@ -44,7 +45,7 @@ def rollout_events(before: AdapterDeploymentStatus, after: AdapterDeploymentStat
         found.append(NewEvent(EventReason.ROLLOUT_STEP, _sentence(new)))
     handled = after.rollout_command
     if handled is not None and handled != before.rollout_command:
-        found.append(NewEvent(EventReason.ROLLOUT_COMMAND, f"{handled.value}: {handled.message}"))
+        found.append(NewEvent(EventReason.ROLLOUT_COMMAND, one_line(f"{handled.value}: {handled.message}", 1024)))
     return found
 
 
