@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-routing benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -74,6 +74,11 @@ benchmark-density: environment environment-trainer environment-server ## Serve 1
 	@$(STEP) "programs of the cluster" $(CLUSTER) build
 	@$(STEP) --live "density" $(UV) run --frozen --no-sync --project server-image python -m benchmarks.density.benchmark \
 	  --adapters $(or $(ADAPTERS),1000)
+
+benchmark-routing: environment environment-server model ## Compare the gateway's choice of pods with other policies, with two vLLM pods (REPEATS=3 SECONDS=60)
+	@$(STEP) "programs of the cluster" $(CLUSTER) build
+	@$(STEP) --live "routing" $(UV) run --frozen --no-sync --project server-image python -m benchmarks.routing.benchmark \
+	  --repeats $(or $(REPEATS),3) --seconds $(or $(SECONDS),60)
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other libraries (ROWS=64 REPEATS=3)
 	@mkdir -p out

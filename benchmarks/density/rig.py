@@ -49,7 +49,7 @@ from tunesmith.contracts.podevents import EventReader
 from tunesmith.serving.placement import DesiredRevision, PlacementPod, place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
 Object = dict[str, Any]
 NAMESPACE = "team"
@@ -73,9 +73,27 @@ def artifacts(made: Path, fingerprint: str, store: S3Server, count: int) -> list
 
 
 class ServingPod:
-    """A pod: vLLM with our middleware, and the agent."""
+    """A pod: vLLM with our middleware, and the agent.
 
-    def __init__(self, name: str, folder: Path, base: Path, store: S3Server, capacity: int, memory: int) -> None:
+    Args:
+        slots: adapters that it computes at a time.
+        options: further arguments of vLLM.
+        variables: further variables of vLLM.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        base: Path,
+        store: S3Server,
+        capacity: int,
+        memory: int,
+        *,
+        slots: int = SLOTS,
+        options: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.uid = f"uid-{name}"
         self.pod = Pod(folder, base, store)
@@ -89,11 +107,11 @@ class ServingPod:
         )
         arguments = [
             *("--served-model-name", "serving/base", "--port", str(self.pod.engine_port), "--host", "127.0.0.1"),
-            *("--max-loras", str(SLOTS + 1), "--max-cpu-loras", str(capacity + 1)),
+            *("--max-loras", str(slots + 1), "--max-cpu-loras", str(capacity + 1)),
             *("--middleware", "tunesmith_middleware.Middleware", "--scheduling-policy", "priority"),
             *("--structured-outputs-config", '{"backend": "guidance"}'),
         ]
-        variables = {
+        environment = {
             **engine_variables(),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(self.pod.state / "middleware"),
@@ -101,9 +119,10 @@ class ServingPod:
             "TUNESMITH_POD_UID": self.uid,
             "TUNESMITH_ADMIN_TOKEN_FILE": str(self.pod.state / "admin-token"),
             "TUNESMITH_ADAPTER_MEMORY": str(memory),
+            **(variables or {}),
         }
-        command = [str(vllm_program()), "serve", str(base), *_ENGINE, *arguments]
-        self.engine = Container(command, variables, folder / "engine.log")
+        command = [str(vllm_program()), "serve", str(base), *_ENGINE, *arguments, *options]
+        self.engine = Container(command, environment, folder / "engine.log")
         self.state = PodState()
         self._sequence = 0
 
@@ -182,8 +201,16 @@ class Gateway:
     pods: list[ServingPod]
     key: str = field(default_factory=new_key)
 
-    async def start(self, entries: list[Object]) -> None:
-        """Start the process with the pool, the pods and an AdapterDeployment for each adapter."""
+    async def start(
+        self, entries: list[Object], *options: str, program: str = "tests.gateway.local_pods_gateway"
+    ) -> None:
+        """Start the process with the pool, the pods and an AdapterDeployment for each adapter.
+
+        Args:
+            entries: the adapters.
+            options: further flags of the gateway.
+            program: module that runs it; it gets the pods' ports as its first argument.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "key").write_bytes(keys_file(GATEWAY_KEYS))
         self.port = free_port()
@@ -195,15 +222,16 @@ class Gateway:
             f"--port={self.port}",
             f"--internal-port={free_port()}",
             "--linger-seconds=0",
+            *options,
         ]
         with (self.folder / "gateway.log").open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
                 str(REPOSITORY / ".venv/bin/python"),
-                "-m", "tests.gateway.local_pods_gateway", json.dumps(ports), *arguments,
+                "-m", program, json.dumps(ports), *arguments,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
             )  # fmt: skip
         documents = [pool_manifest(), *(pod.manifest for pod in self.pods)]
         documents.append(
@@ -230,8 +258,9 @@ class Gateway:
 class Operator:
     """The operator's part: it places the adapters, and moves those that are active together."""
 
-    def __init__(self, pods: list[ServingPod], entries: list[Object], capacity: int) -> None:
+    def __init__(self, pods: list[ServingPod], entries: list[Object], capacity: int, *, slots: int = SLOTS) -> None:
         self._pods = pods
+        self._slots = slots
         self._entries = {entry["engineName"]: entry for entry in entries}
         self._capacity = capacity
         self._activity = Activity()
@@ -258,7 +287,7 @@ class Operator:
             )
             for rank, pod in enumerate(self._pods)
         ]
-        placement = place(desired, pods, self._capacity, slots=SLOTS, spread=True)
+        placement = place(desired, pods, self._capacity, slots=self._slots, spread=True)
         for pod in self._pods:
             names = placement.pods[pod.name]
             if names != self._sent.get(pod.name):

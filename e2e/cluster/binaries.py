@@ -49,6 +49,7 @@ PROGRAMS = {
         Program("pause", "pause", "."),
         Program("coredns", "tools/coredns", "github.com/coredns/coredns"),
         Program("versitygw", "tools/versitygw", "github.com/versity/versitygw/cmd/versitygw"),
+        Program("otelcol", "tools/otelcol", "."),
         Program("helm", "tools/helm", "helm.sh/helm/v3/cmd/helm", "helm.sh/helm/v3/internal/version.version=v3.22.0"),
         Program("kubeconform", "tools/kubeconform", "github.com/yannh/kubeconform/cmd/kubeconform"),
     )

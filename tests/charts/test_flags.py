@@ -30,11 +30,15 @@ OTHER: dict[str, Any] = {
     "scheduling.allowedRuntimeClasses": ["kata"],
     "scheduling.allowedNodeSelectorKeys": ["zone"],
     "scheduling.allowedGpuResources": ["*"],
+    "prometheus.url": "http://prometheus.monitoring:9090",
+    "gateway.corsOrigins": ["https://app.example.com"],
+    "gateway.tracing.endpoint": "http://collector.observability:4318",
+    "gateway.tracing.samplingRatio": 0.5,
     "serving.sharedPoolNamespaces": ["models"],
     "serving.adapterStorage": "8Gi",
     "serving.baseModelStorage": "64Gi",
 }
-"""A value that is not the default, by path; those of numbers and booleans follow from their defaults."""
+"""A value that is not the default, by path; those of other numbers and booleans follow from their defaults."""
 
 
 def placed(model: type[ProgramSettings]) -> Iterator[tuple[str, ChartValue]]:
@@ -47,9 +51,12 @@ def placed(model: type[ProgramSettings]) -> Iterator[tuple[str, ChartValue]]:
 
 def other(model: type[ProgramSettings], field: str, place: ChartValue) -> Any:
     default = model.model_fields[field].default
+    if place.path in OTHER:
+        return OTHER[place.path]
     if isinstance(default, bool):
         return not default
-    return default + 1 if isinstance(default, int | float) else OTHER[place.path]
+    assert isinstance(default, int | float), f"{place.path} has no value in OTHER"
+    return default + 1
 
 
 def settings(template: Template, component: str, values: dict[str, Any]) -> ProgramSettings:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from e2e.cluster import binaries
 from tests.controlplane.apiserver import ApiServer
 
 if TYPE_CHECKING:
@@ -23,6 +24,42 @@ SYSTEM, MODELS = "tunesmith-system", "models"
 VALUES = {"store": "s3://bucket/store", "images": {"registry": "registry.example"}}
 POOL = {"modelName": "base", "baseModel": {"uri": "s3://bucket/base"}}
 ADAPTER = {"adapterFrom": {"fineTuneJob": {"name": "job"}}, "pool": {"name": "shared"}}
+
+OPTIONAL = {
+    "gateway": {
+        "ingress": {
+            "enabled": True,
+            "className": "nginx",
+            "annotations": {"nginx.ingress.kubernetes.io/proxy-buffering": "off"},
+            "host": "llm.example.com",
+            "tlsSecretName": "llm-tls",
+        },
+        "httpRoute": {
+            "enabled": True,
+            "annotations": {"example.com/team": "platform"},
+            "parentRefs": [{"name": "public", "namespace": "gateways", "sectionName": "https"}],
+            "hostnames": ["llm.example.com", "*.llm.example.com"],
+            "requestTimeout": "0s",
+        },
+        "tracing": {"endpoint": "http://collector.observability:4318"},
+    },
+    "metrics": {
+        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}, "interval": "30s"},
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}, "interval": "1m30s"},
+    },
+    "test": {"model": "team-a/support", "keySecret": {"name": "test-key"}},
+}
+"""Values that add objects to the release."""
+CUSTOM_RESOURCES = {
+    ("github.com/prometheus-operator/prometheus-operator@v0.85.0", "h1:M5xLCLEoaW2IJfnuCwFzzpL+jSVQu3KGT84Pye+fW8s="): [
+        f"example/prometheus-operator-crd/monitoring.coreos.com_{plural}.yaml"
+        for plural in ("podmonitors", "servicemonitors")
+    ],
+    ("sigs.k8s.io/gateway-api@v1.6.3", "h1:lKpJa5bGlraC/QeACvCpsHLdmO6y0iKfzVl6gzaFEYc="): [
+        "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"
+    ],
+}
+"""Files of CustomResourceDefinitions that the chart's optional objects need, by the Go module that has them."""
 
 pytestmark = pytest.mark.controlplane
 
@@ -56,8 +93,22 @@ def strict(definition: dict[str, Any]) -> dict[str, Any]:
 def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with ApiServer(tmp_path_factory.mktemp("apiserver")) as server:
         for name in (SYSTEM, MODELS):
-            server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+            labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+            server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+        for path in custom_resources():
+            server.apply(path.read_text())
         yield server
+
+
+def custom_resources() -> Iterator[Path]:
+    """The files of `CUSTOM_RESOURCES`, of the modules' pinned contents."""
+    for (module, checksum), names in CUSTOM_RESOURCES.items():
+        command = ["go", "mod", "download", "-json", module]
+        environment = binaries.go_environment()
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=600)
+        found = json.loads(done.stdout)
+        assert found["Sum"] == checksum
+        yield from (Path(found["Dir"]) / name for name in names)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +146,7 @@ def test_every_document_is_valid_and_none_is_skipped(
     conforms: Callable[..., dict[str, Any]], template: Template
 ) -> None:
     documents = template("tunesmith")
+    documents += template("tunesmith", OPTIONAL)
     documents += template("adapters", {"pools": {"shared": POOL}, "adapters": {"first": ADAPTER}})
     for path in (REPOSITORY / "examples").glob("*.yaml"):
         if not path.name.startswith("values"):
@@ -110,6 +162,21 @@ def test_the_check_itself_finds_a_field_that_does_not_exist(
     deployment = next(document for document in documents if document["kind"] == "Deployment")
     deployment["spec"]["replicaz"] = 2
     assert conforms(documents)["summary"]["invalid"] == 1
+
+
+def test_an_api_server_accepts_the_optional_objects(kubernetes: ApiServer, template: Template) -> None:
+    """Rules in the CRDs' schemas and the pod security standard `restricted` count as well."""
+    usual = {(document["kind"], document["metadata"]["name"]) for document in template("tunesmith")}
+    added = [
+        document
+        for document in template("tunesmith", OPTIONAL)
+        if (document["kind"], document["metadata"]["name"]) not in usual
+    ]
+    assert sorted(document["kind"] for document in added) == [
+        *("HTTPRoute", "Ingress", "Pod", "PodMonitor", "Service", "Service", "ServiceMonitor", "ServiceMonitor")
+    ]
+    for document in added:
+        kubernetes.apply(document, "--dry-run=server")
 
 
 def test_install_upgrade_uninstall_and_install_again_keep_the_custom_resources(

@@ -21,7 +21,7 @@ async def run(engine_port: int, agent_port: int, arguments: list[str]) -> None:
     pods = ("--host=127.0.0.1", f"--engine-port={engine_port}", f"--agent-port={agent_port}")
     settings = main.apply_memory_limit(read(GatewaySettings, [*arguments, *pods]))
     main.configure_log(settings.log_level)
-    watches = Watches()
+    watches = Watches(keep=False)
     reader = asyncio.StreamReader(limit=2**24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
 

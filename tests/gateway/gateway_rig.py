@@ -56,9 +56,14 @@ async def eventually(condition: Callable[[], object], what: str) -> None:
 
 
 class Watches:
-    """The cluster's watches: tests put objects in, the gateway sees events."""
+    """The cluster's watches: tests put objects in, the gateway sees events.
 
-    def __init__(self) -> None:
+    Args:
+        keep: False forgets objects that a watch has sent, so that the gateway's process holds none of them.
+    """
+
+    def __init__(self, *, keep: bool = True) -> None:
+        self._keep = keep
         self._objects: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
         self._queues: dict[str, asyncio.Queue[WatchEvent]] = {}
         self.asked: dict[str, tuple[str | None, str]] = {}
@@ -70,7 +75,8 @@ class Watches:
     def put(self, document: dict[str, Any]) -> None:
         self._send_event("MODIFIED", document)
         metadata = document["metadata"]
-        self._objects.setdefault(document["kind"], {})[metadata.get("namespace", ""), metadata["name"]] = document
+        if self._keep or document["kind"] not in self._queues:
+            self._objects.setdefault(document["kind"], {})[metadata.get("namespace", ""), metadata["name"]] = document
 
     def delete(self, document: dict[str, Any]) -> None:
         metadata = document["metadata"]

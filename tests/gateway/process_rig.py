@@ -79,7 +79,8 @@ class ProcessRig:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])},
             )
         self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self.put(self.pod.pool)

@@ -128,6 +128,13 @@
 {{- if .Values.gateway.corsOrigins }}
 - {{ printf "--cors-origins=%s" (join "," .Values.gateway.corsOrigins) | quote }}
 {{- end }}
+{{- if .Values.gateway.tracing.endpoint }}
+- {{ printf "--tracing-endpoint=%s" .Values.gateway.tracing.endpoint | quote }}
+{{- end }}
+- --tracing-sampling-ratio={{ toJson .Values.gateway.tracing.samplingRatio }}
+{{- if .Values.gateway.tracing.followClients }}
+- --tracing-follow-clients
+{{- end }}
 - --linger-seconds={{ toJson .Values.gateway.lingerSeconds }}
 - --drain-seconds={{ toJson .Values.gateway.drainSeconds }}
 {{- end }}

@@ -75,9 +75,37 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 http://{{ include "tunesmith.fullname" . }}-gateway.{{ .Release.Namespace }}.svc{{ if ne $port 80 }}:{{ $port }}{{ end }}
 {{- end -}}
 
-{{/* Address of the gateway for clients: `gateway.externalUrl`, or its address inside the cluster. */}}
+{{/* Address of the gateway for clients: `gateway.externalUrl`, the host of the Ingress, or its address inside the cluster. */}}
 {{- define "tunesmith.clientUrl" -}}
-{{- .Values.gateway.externalUrl | default (include "tunesmith.gatewayUrl" .) -}}
+{{- $ingress := .Values.gateway.ingress -}}
+{{- if .Values.gateway.externalUrl -}}
+{{- .Values.gateway.externalUrl -}}
+{{- else if $ingress.enabled -}}
+{{- printf "https://%s" $ingress.host -}}
+{{- else -}}
+{{- include "tunesmith.gatewayUrl" . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* How Prometheus scrapes a port of a pod. Arguments: list of the root context, the port and the monitor's values. */}}
+{{- define "tunesmith.scrape" -}}
+{{- $root := index . 0 -}}
+port: {{ index . 1 }}
+{{- with (index . 2).interval }}
+interval: {{ . }}
+{{- end }}
+{{- if or $root.Values.metrics.requireToken (eq (index . 1) "agent") }}
+authorization:
+  credentials: {name: tunesmith-metrics-token, key: token}
+{{- end }}
+{{- end -}}
+
+{{/* Labels of an object of the Prometheus Operator. Arguments: list of the root context, the component and the monitor's values. */}}
+{{- define "tunesmith.monitorLabels" -}}
+{{- include "tunesmith.labels" . }}
+{{- with (index . 2).labels }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{/* Namespaces whose pools are shared, as a JSON list. */}}

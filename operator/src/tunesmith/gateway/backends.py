@@ -73,9 +73,13 @@ class Backend:
     def load(self, engine_name: str, *, needs_slot: bool) -> PodLoad:
         """Return the load for the choice of a pod. An adapter is active if this or another gateway uses it."""
         if not needs_slot or self._slots is None:
-            return PodLoad(self.in_flight)
+            return PodLoad(self.in_flight, uid=self.pod.uid)
         active = self._running.keys() | self._reported
-        return PodLoad(self.in_flight, len(active | {engine_name}) - self._slots, engine_name in active)
+        is_active = engine_name in active
+        count = len(active) + (not is_active)
+        return PodLoad(
+            self.in_flight, count - self._slots, active=is_active, roomy=2 * count <= self._slots, uid=self.pod.uid
+        )
 
     def url(self, path: str) -> URL:
         """Return the engine's URL for a path that starts with a slash."""
@@ -205,11 +209,12 @@ class BackendTable:
         needs_slot: bool = True,
         excluded: frozenset[str] | set[str] = frozenset(),
         weight: int = 1,
+        conversation: bytes = b"",
     ) -> Backend | None:
         """Return the pod for the next request for an engine name, or None if no usable pod holds it.
 
         `weight` is the number of sequences of the request. `needs_slot` is False for a model other than the
-        base that computes without an adapter slot.
+        base that computes without an adapter slot. `conversation` is the request's `affinity.conversation`.
         """
         now = self._clock()
         usable = [
@@ -221,7 +226,8 @@ class BackendTable:
         if not trusted:
             return None
         with_slot = needs_slot and not is_base
-        return trusted[choose([backend.load(engine_name, needs_slot=with_slot) for backend in trusted], weight)]
+        loads = [backend.load(engine_name, needs_slot=with_slot) for backend in trusted]
+        return trusted[choose(loads, weight, conversation)]
 
     def in_pool(self, pool: PoolKey) -> Iterable[Backend]:
         """Return the pods of a pool, usable or not."""

@@ -83,7 +83,7 @@ class Body:
 
     def without_members(self) -> Body:
         """Return a copy without the bytes of the body, for a request that a pod has accepted."""
-        return replace(self, members={})
+        return Body(self.model, self.stream, self.sequences, self.max_tokens, {})
 
 
 def socket_pieces(pieces: list[bytes | memoryview]) -> Iterator[bytes | memoryview]:

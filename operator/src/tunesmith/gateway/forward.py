@@ -14,6 +14,7 @@ from tunesmith.contracts.crash import DIGEST_HEADER, ENGINE_LOST_HEADER
 from tunesmith.gateway import errors, events
 from tunesmith.gateway.body import socket_pieces
 from tunesmith.gateway.reply import EventReply, finish, prepare, write
+from tunesmith.gateway.watch import StreamWatch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -131,6 +132,8 @@ class Forwarder:
             "X-Request-Id": call.request_id,
             DIGEST_HEADER: digest,
         }
+        if call.trace is not None:
+            headers |= call.trace.headers()
         return self._session.post(
             backend.url(call.api.path),
             data=bytes(pieces[0]) if len(pieces) == 1 else _iterate(pieces),
@@ -143,6 +146,15 @@ class Forwarder:
     ) -> aiohttp.ClientResponse:
         """Wait for the head of the pod's answer and send comments to a client that waits for a stream."""
         seconds = self._limits.silence_seconds if call.body.stream else self._limits.answer_seconds
+        if call.events is None:
+            timeout = asyncio.timeout(seconds)
+            try:
+                async with timeout:
+                    return await post
+            except TimeoutError:
+                if not timeout.expired():  # the connection's own
+                    raise
+                raise errors.engine_silent(call.model.id, seconds) from None
         deadline = self._clock() + seconds
         task = asyncio.ensure_future(post)
         try:
@@ -150,10 +162,8 @@ class Forwarder:
                 remaining = deadline - self._clock()
                 if remaining <= 0:
                     raise errors.engine_silent(call.model.id, seconds)  # noqa: TRY301 - the handler closes a late response
-                if call.events is not None:
-                    await call.events.comment_if_due()
-                    remaining = min(remaining, call.events.until_comment())
-                await asyncio.wait({task}, timeout=remaining)
+                await call.events.comment_if_due()
+                await asyncio.wait({task}, timeout=min(remaining, call.events.until_comment()))
             return task.result()
         except BaseException:
             if not task.cancel() and not task.cancelled() and task.exception() is None:
@@ -194,8 +204,9 @@ class Forwarder:
     async def _read_start(self, call: Call, upstream: aiohttp.ClientResponse) -> bytes:
         """Return the whole body if it is small, otherwise its first `MAX_HELD_BYTES` bytes or more."""
         start = bytearray()
-        while len(start) <= events.MAX_HELD_BYTES and (chunk := await self._read(call, upstream)):
-            start += chunk
+        content = upstream.content
+        while len(start) <= events.MAX_HELD_BYTES and not content.at_eof():
+            start += await self._read(call, upstream)
         return bytes(start)
 
     async def _read(self, call: Call, upstream: aiohttp.ClientResponse) -> bytes:
@@ -247,15 +258,23 @@ class Forwarder:
         await reply.begin()
         stream = events.EventStream(engine_name, call.api.envelope)
         first = True
-        while chunk := await self._next_chunk(call, reply, upstream):
-            ready = stream.feed(chunk)
-            if first and stream.named:
-                call.begin_answer()
-            await reply.write(self._pass_events(call, ready))
-            reply.between_events = stream.between_events
-            if first and stream.named:
-                first = False
-                self._record_first_byte(call)
+        with StreamWatch(
+            upstream.content,
+            reply,
+            comment_seconds=self._limits.comment_seconds,
+            silence_seconds=self._limits.silence_seconds,
+            silent=lambda: errors.engine_silent(call.model.id, self._limits.silence_seconds),
+            clock=self._clock,
+        ) as watch:
+            while chunk := await watch.next_chunk():
+                ready = stream.feed(chunk)
+                if first and stream.named:
+                    call.begin_answer()
+                await reply.write(self._pass_events(call, ready))
+                reply.between_events = stream.between_events
+                if first and stream.named:
+                    first = False
+                    self._record_first_byte(call)
         await reply.write(self._pass_events(call, stream.end()))
         response = await reply.finish()
         self._record_stream(call, engine_name)
@@ -280,20 +299,6 @@ class Forwarder:
             # All sequences are generated at once.
             per_token = seconds / (tokens / call.body.sequences - 1)
         self._metrics.streamed(engine_name, call.first_token_seconds, per_token)
-
-    async def _next_chunk(self, call: Call, reply: EventReply, upstream: aiohttp.ClientResponse) -> bytes:
-        """Return the next bytes of a stream, empty at its end, and send comments to the client meanwhile."""
-        deadline = self._clock() + self._limits.silence_seconds
-        while True:
-            remaining = deadline - self._clock()
-            if remaining <= 0:
-                raise errors.engine_silent(call.model.id, self._limits.silence_seconds)
-            await reply.comment_if_due()
-            try:
-                async with asyncio.timeout(min(remaining, reply.until_comment())):
-                    return await upstream.content.readany()
-            except TimeoutError:
-                continue
 
 
 async def _iterate(pieces: list[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:

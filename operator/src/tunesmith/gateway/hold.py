@@ -219,6 +219,7 @@ class RequestHold:
             needs_slot=not model.is_whole,
             excluded=excluded,
             weight=call.body.sequences,
+            conversation=call.conversation,
         )
 
     def _in_order(self, call: Call) -> Sequence[str]:

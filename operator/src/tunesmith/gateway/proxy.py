@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from tunesmith.gateway.oidc import TokenVerifier
     from tunesmith.gateway.quotas import Quotas
     from tunesmith.gateway.request import Call
+    from tunesmith.gateway.tracing import RequestTrace, Tracing
 
 LOG = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class _Exchange:
     arrived: float
     key: str = ""
     call: Call | None = None
+    trace: RequestTrace | None = None
 
     @property
     def model(self) -> str:
@@ -109,6 +112,7 @@ class Proxy:
         cors: Cors,
         replicas: int,
         record: Callable[[AccessRecord], None] | None,
+        tracing: Tracing | None,
         clock: Callable[[], float],
         synced: Callable[[], bool],
         not_ready: Callable[[], str | None],
@@ -121,6 +125,7 @@ class Proxy:
         self._use_of_keys = demand.key_use
         self._cors = cors
         self._record = record
+        self._tracing = tracing
         self._clock = clock
         self._synced = synced
         self._not_ready = not_ready
@@ -154,6 +159,10 @@ class Proxy:
         """Answer one request."""
         exchange = _Exchange(request, request_id(request), self._clock())
         request[LIMIT_HEADERS] = self._cors.headers(request.headers)
+        path = request.rel_url.path
+        if self._tracing is not None and path not in HEALTH_PATHS:
+            route = _known_path(path)
+            exchange.trace = self._tracing.begin(request.method, route, request.headers, exchange.request_id)
         code: int = CLIENT_CLOSED_REQUEST
         try:
             response = await self._respond(exchange)
@@ -170,7 +179,9 @@ class Proxy:
             self._metrics.finished(exchange.name, code, seconds)
             if exchange.call is not None and exchange.call.answered and exchange.call.api.computes:
                 self._metrics.generated(exchange.name, exchange.call.usage.counts)
-            if self._record is not None and request.rel_url.path not in HEALTH_PATHS:
+            if exchange.trace is not None:
+                exchange.trace.finish(code, exchange.key)
+            if self._record is not None and path not in HEALTH_PATHS:
                 self._record(_access_record(exchange, code, seconds))
         if not response.prepared:
             response.headers.update(request.get(LIMIT_HEADERS, {}))
@@ -242,7 +253,7 @@ class Proxy:
             key = await self._admit(exchange)
             with self.budget.share(key.name) as share:
                 call = await self._requests.read(request, exchange.request_id, api, key, share, exchange.arrived)
-                exchange.call = call
+                exchange.call, call.trace = call, exchange.trace
                 return await self._generate_counted(call)
         if names_stored_response(path):
             await self._admit(exchange)
@@ -314,10 +325,12 @@ class Proxy:
         if pool_uid is not None and call.model.engine_names and self._crashes.has_suspects(pool_uid):
             self._check_crashes(call, pool_uid, call.model.engine_names[0])  # a refused request does not wait for a pod
         while True:
-            backend, engine_name = await self._hold.wait_for_pod(call, refused)
+            with call.trace.hold() if call.trace is not None else nullcontext():
+                backend, engine_name = await self._hold.wait_for_pod(call, refused)
             digest, crashed_before = self._check_crashes(call, backend.pod.pool.uid, engine_name)
             try:
-                return await self._forwarder.forward(call, backend, engine_name, digest)
+                with call.trace.attempt(call, backend, engine_name) if call.trace is not None else nullcontext():
+                    return await self._forwarder.forward(call, backend, engine_name, digest)
             except NotStartedError as not_started:
                 call.started = False
                 self._metrics.not_started(not_started.reason)
@@ -363,7 +376,7 @@ def _access_record(exchange: _Exchange, status: int, seconds: float) -> AccessRe
         request_id=exchange.request_id,
         key=exchange.key,
         method=exchange.request.method[:_LONGEST_METHOD],
-        path=MODELS_PATH if names_models(path) else path if path in API_BY_PATH else "",
+        path=_known_path(path),
         model=exchange.model,
         engine_name=call.engine_name if call else "",
         pod=call.pod if call else "",
@@ -374,6 +387,11 @@ def _access_record(exchange: _Exchange, status: int, seconds: float) -> AccessRe
         first_byte_seconds=call.first_byte_seconds if call else None,
         tokens=call.usage.counts.total if call and call.answered and call.api.computes else None,
     )
+
+
+def _known_path(path: str) -> str:
+    """Return a path of the gateway, for logs and traces; empty: another one."""
+    return MODELS_PATH if names_models(path) else path if path in API_BY_PATH else ""
 
 
 def _no_response() -> web.Response:

@@ -58,10 +58,17 @@ async def write(
         raise ClientDisconnectedError
     # Unread data is buffered, in this connection and in the connection to the pod.
     try:
-        share.set_to(SLOW_CLIENT_BYTES if transport.get_write_buffer_size() else ANSWER_BYTES)
+        pending = transport.get_write_buffer_size()
+        share.set_to(SLOW_CLIENT_BYTES if pending else ANSWER_BYTES)
     except ApiError:
         transport.abort()
         raise ClientDisconnectedError from None
+    if not pending and len(data) <= ANSWER_BYTES:
+        try:
+            await response.write(data)  # the transport's buffer has room for it, so it does not wait for the client
+        except ConnectionError:
+            raise ClientDisconnectedError from None
+        return
     await _write_within(request, response.write(data), limits.write_seconds)
 
 
@@ -162,7 +169,7 @@ class EventReply:
         Raises:
             ClientDisconnectedError: see the function `write`.
         """
-        response = await self.begin()
+        response = self.response or await self.begin()
         if data:
             self._last = self._clock()
             await write(self._request, response, data, self._share, self._limits)

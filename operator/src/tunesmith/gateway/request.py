@@ -8,6 +8,7 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
 from tunesmith.gateway import errors
+from tunesmith.gateway.affinity import conversation
 from tunesmith.gateway.body import parse
 from tunesmith.gateway.keys import ExpiredKeyError
 from tunesmith.gateway.reply import ANSWER_BYTES, EventReply
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.mirror import Mirror
     from tunesmith.gateway.oidc import TokenVerifier
+    from tunesmith.gateway.tracing import RequestTrace
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 _SECRET_KEY_PREFIX = "sk-"  # noqa: S105 - not a key
@@ -63,6 +66,8 @@ class Call:
         first_token_seconds: the same to the first event of a stream that depends on a token; None: none yet.
         point: chooses its revision during a rollout; None: not needed yet.
         place: pod on which it has a place, its key and the number of places.
+        conversation: identity of the conversation, by which its turns reach the same pod.
+        trace: its trace; None: traces are off.
         lost_on: UID of the pod whose engine died while it processed the request; it is sent to another pod once.
     """
 
@@ -87,6 +92,8 @@ class Call:
     first_byte_seconds: float | None = None
     mirror: Mirror | None = None
     place: tuple[Backend, Tenant, int] | None = None
+    conversation: bytes = b""
+    trace: RequestTrace | None = None
 
     def session(self) -> bytes:
         """Return the name of its session: its header X-Session-ID, or the string `user` in its body; empty: none."""
@@ -177,9 +184,10 @@ class RequestReader:
         if body.stream:
             events = EventReply(request, request_id, share, self._limits, clock=self._clock, closing=self._closing)
         salt = cache_salt(self._gateway_keys()[0], key.home)
+        chat = conversation(model.id, body.members, salt)
         body, hide = body.with_usage() if api.usage_option else (body, False)
         usage = AnswerUsage(estimated_prompt_tokens(body), hide=hide)
-        return Call(request, request_id, key, model, api, body, share, salt, events, arrived, usage)
+        return Call(request, request_id, key, model, api, body, share, salt, events, arrived, usage, conversation=chat)
 
     def _resolve(self, body: Body, key: ApiKey) -> Model:
         try:
@@ -260,6 +268,7 @@ async def _send_continue(request: web.BaseRequest) -> None:
     request.writer.output_size = 0
 
 
+@lru_cache(maxsize=1024)
 def cache_salt(gateway_key: bytes, namespace: str) -> str:
     """Return the salt of a namespace's part of the prefix cache, which other namespaces cannot guess."""
     return hmac.new(gateway_key, f"cache-salt/{namespace}".encode(), hashlib.sha256).hexdigest()

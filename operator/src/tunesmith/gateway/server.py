@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import Keys
     from tunesmith.gateway.feed import Watcher
     from tunesmith.gateway.settings import GatewaySettings
+    from tunesmith.gateway.tracing import Tracing
 
 LOG = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Gateway:
                 counters,
                 self.metrics.limits_are_shared,
             )
+        self._tracing = _tracing(settings)
         self.proxy = Proxy(
             session=self._session,
             gateway_keys=gateway_keys,
@@ -125,6 +127,7 @@ class Gateway:
             replicas=settings.replicas,
             quotas=Quotas(settings.replicas, counters, self._shared),
             record=write_record if settings.access_log else None,
+            tracing=self._tracing,
             clock=loop.time,
             synced=self.feed.synced,
             not_ready=self._not_ready,
@@ -182,6 +185,8 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.backends.close()
         await self._session.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     @property
     def port(self) -> int:
@@ -236,6 +241,17 @@ class Gateway:
             task,
             asyncio.get_running_loop(),
         )
+
+
+def _tracing(settings: GatewaySettings) -> Tracing | None:
+    """Return the traces, if they are on. Otherwise OpenTelemetry's modules are not loaded: they take 25 MB."""
+    if not settings.tracing_endpoint:
+        return None
+    from tunesmith.gateway.tracing import Tracing  # noqa: PLC0415 - see above
+
+    return Tracing(
+        settings.tracing_endpoint, settings.tracing_sampling_ratio, follow_clients=settings.tracing_follow_clients
+    )
 
 
 def _listening_socket(host: str | None, port: int) -> socket.socket:

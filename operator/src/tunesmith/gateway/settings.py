@@ -85,6 +85,21 @@ class GatewaySettings(Limits, ClusterSettings):
     cors_origins: Annotated[Origins, ChartValue("gateway.corsOrigins")] = ()
     """Origins whose web pages may call the gateway from a browser, such as https://app.example.com; `*`: all; empty:
     none."""
+    tracing_endpoint: Annotated[
+        str,
+        SettingPattern(
+            r"(https?://[A-Za-z0-9.:_\[\]-]+(/[A-Za-z0-9._/-]*)?)?", "an http:// or https:// URL, without a query"
+        ),
+        ChartValue("gateway.tracing.endpoint"),
+    ] = ""
+    """URL of an OpenTelemetry collector's OTLP receiver over HTTP, without /v1/traces; empty: no traces."""
+    tracing_sampling_ratio: Annotated[
+        float, Field(ge=0, le=1, allow_inf_nan=False), ChartValue("gateway.tracing.samplingRatio")
+    ] = 0.1
+    """Share of the requests whose trace is recorded."""
+    tracing_follow_clients: Annotated[bool, ChartValue("gateway.tracing.followClients")] = False
+    """Also record each request whose client's header `traceparent` asks for it; otherwise such requests are recorded
+    at --tracing-sampling-ratio as well."""
     engine_port: Annotated[_Port, _POOLS] = ENGINE_PORT
     """Port of the engines."""
     agent_port: Annotated[_Port, _POOLS] = AGENT_PORT
