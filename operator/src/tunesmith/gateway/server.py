@@ -25,7 +25,6 @@ from tunesmith.gateway.metrics import Metrics
 from tunesmith.gateway.oidc import TokenVerifier
 from tunesmith.gateway.proxy import Proxy
 from tunesmith.gateway.quotas import Quotas
-from tunesmith.gateway.shared_counters import SharedCounters, url_in
 from tunesmith.gateway.windows import LocalCounters
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import Keys
     from tunesmith.gateway.feed import Watcher
     from tunesmith.gateway.settings import GatewaySettings
+    from tunesmith.gateway.shared_counters import SharedCounters
     from tunesmith.gateway.tracing import Tracing
 
 LOG = logging.getLogger(__name__)
@@ -104,6 +104,8 @@ class Gateway:
         counters = LocalCounters(time.time)
         self._shared: SharedCounters | None = None
         if settings.redis_url_file is not None:
+            from tunesmith.gateway.shared_counters import SharedCounters, url_in  # noqa: PLC0415 - 15 MB if it is used
+
             self._shared = SharedCounters(
                 url_in(settings.redis_url_file),
                 settings.redis_ca_file,
