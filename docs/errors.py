@@ -36,6 +36,7 @@ _EXAMPLES: dict[str, Any] = {
     "seconds": 5,
     "headers": {},
     "unit": "minute",
+    "whose": "Your API key",
     "tokens": 5000,
     "sequences": 200,
     "count": 200,
