@@ -26,10 +26,10 @@ demo: environment environment-trainer model ## Train and serve an adapter on a l
 	@$(MAKE) cluster-up images
 	@$(RUN) python -m e2e.demo
 
-test: environment environment-trainer environment-server model ## Run all tests, the last ones on a real cluster
+test: environment environment-clients environment-trainer environment-server model ## Run all tests, the last ones on a real cluster
 	@.ci/test
 
-check: environment environment-trainer environment-server ## Format, lint, types, import contracts, generated files, unit tests
+check: environment environment-clients environment-trainer environment-server ## Format, lint, types, import contracts, generated files, unit tests
 	@$(MAKE) --jobs=2 check-format check-types check-unit check-imports check-generated
 
 verify-resume: environment-trainer ## Kill training 20 times with SIGKILL and SIGTERM each, and compare with an undisturbed run
@@ -114,7 +114,7 @@ cluster-down: environment ## Stop the local cluster and remove its files
 
 clean: ## Remove environments, logs and caches of this checkout (after cluster-down)
 	@if [ -e .cluster/kubeconfig ]; then $(MAKE) cluster-down; fi
-	@rm -rf out .venv trainer-image/.venv server-image/.venv server-image/engine-cpu/.venv benchmarks/training/litgpt/.venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	@rm -rf out .venv trainer-image/.venv server-image/.venv server-image/engine-cpu/.venv benchmarks/training/litgpt/.venv tests/clients/.venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(UV): .ci/fetch-uv
@@ -125,6 +125,9 @@ environment: $(UV)
 
 environment-trainer: $(UV)
 	@$(STEP) "environment: trainer" $(UV) sync --frozen --project trainer-image
+
+environment-clients: $(UV)
+	@$(STEP) "environment: client libraries" $(UV) sync --frozen --project tests/clients
 
 environment-server: $(UV)
 	@$(STEP) "environment: agent" $(UV) sync --frozen --project server-image

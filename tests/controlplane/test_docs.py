@@ -64,7 +64,7 @@ ELSEWHERE = {
     "docs/how-to/one-to-a-thousand-adapters.md": "asks running pods",
     "docs/how-to/bring-an-adapter.md": "asks an adapter of the reader's own; needs the trainer",
     "docs/how-to/split-traffic.md": "asks an adapter that is being rolled out",
-    "docs/how-to/clients.md": "asks an adapter of the reader's own",
+    "docs/how-to/clients.md": "asks an adapter of the reader's own: tests/gateway/test_clients.py",
     "docs/how-to/parity.md": "asks an adapter of the reader's own",
     "docs/how-to/clean-the-store.md": "tests/controlplane/test_gc.py",
     "docs/how-to/gates.md": "asks a job of the reader's own",

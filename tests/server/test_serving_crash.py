@@ -65,16 +65,14 @@ NAMES = ("pirate", "poet")
 class CrashingPod:
     """A pod with its supervisor, engine and agent, and a reader of its agent's stream."""
 
-    def __init__(
-        self, name: str, folder: Path, base: Path, store: S3Server, entries: list[dict[str, str]], *arguments: str
-    ) -> None:
+    def __init__(self, name: str, folder: Path, base: Path, store: S3Server, entries: list[dict[str, str]]) -> None:
         self.name, self.uid = name, f"uid-{name}"
         self.pod = Pod(folder, base, store)
         write_pool_keys(self.pod.keys, POOL)
         self.agent = agent_container(self.pod, pod_uid=self.uid)
         path = f"{self.pod.state / 'middleware'}:{REPOSITORY / 'tests/server'}"
         self.engine = engine_container(
-            self.pod, "--middleware", "fatal_engine.Middleware", *arguments, TUNESMITH_POD_UID=self.uid, PYTHONPATH=path
+            self.pod, "--middleware", "fatal_engine.Middleware", TUNESMITH_POD_UID=self.uid, PYTHONPATH=path
         )
         self._entries = entries
         self.state = PodState()
