@@ -138,10 +138,15 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: gzip.compress(b"text\n" + b"\n" * (2 * _MIB), 1),
         "follows more than 1 MiB of blank text: remove it",
     ),
+    "a row of millions of objects": (
+        "rows.jsonl.gz",
+        lambda: gzip.compress(b'{"messages": [' + b"{}," * (5 * _MIB) + b"{}]}\n", 1),
+        "rows.jsonl.gz line 1: has more than 8 million values: divide it into several rows",
+    ),
     "a list of billions of nulls": (
         "rows.arrow",
         _nulls,
-        "rows.arrow row 1: is longer than 64 MiB, or its lists have more than 8 million values",
+        "rows.arrow row 1: is longer than 64 MiB, or has more than 8 million values",
     ),
     "lists of a thousand levels": (
         "rows.parquet",

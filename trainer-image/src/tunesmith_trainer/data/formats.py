@@ -32,7 +32,7 @@ _CHUNK = 2**20
 _BATCH = 8
 """Rows of a columnar file that are decoded at once: a few bytes of it may stand for a value of many megabytes."""
 _MAX_VALUES = 8 * 2**20
-"""Highest number of values in the lists of a row: in columnar files, some take no bytes."""
+"""Highest number of values in a row: `{}` takes 2 bytes in a file and 64 in memory, a null in a columnar file none."""
 _BOM = b"\xef\xbb\xbf"
 _OTHER_BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -46,6 +46,7 @@ _ANNEX_POINTER = b"/annex/objects/"
 _DELIMITERS = ",;\t|"
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*")
 """First line that names the delimiter, for Excel."""
+_TOO_MANY_VALUES = "has more than 8 million values: divide it into several rows"
 _NARROW = (pa.null(), pa.bool_(), pa.binary(0))
 """Types whose values take less than a byte."""
 _BLANK = b" \t\r\n"
@@ -239,7 +240,14 @@ def _check_blank(size: int, where: str) -> None:
         raise DatasetInvalidError(f"{where} follows more than 1 MiB of blank text: remove it")
 
 
+def _has_too_many_values(text: bytes) -> bool:
+    """Return True if JSON may have more values than a row may have."""
+    return len(text) > _MAX_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_VALUES
+
+
 def _decoded(content: bytes, where: str) -> Record:
+    if _has_too_many_values(content):
+        return Record(where, problem=_TOO_MANY_VALUES)
     try:
         return Record(where, json.loads(content.decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -267,7 +275,7 @@ def _is_one_object(file: DataFile) -> bool:
     with _open(file) as content:
         lines = _filled(content, file.name)
         _, first = next(lines, (0, b""))
-        if len(first) > _MAX_RECORD_BYTES or next(lines, None) is None:
+        if len(first) > _MAX_RECORD_BYTES or _has_too_many_values(first) or next(lines, None) is None:
             return True
     try:
         json.loads(first)
@@ -362,6 +370,7 @@ class _Window:
         self._rest = b""
         self._at_end = False
         self._started = False
+        self._dense = False
 
     def next(self) -> str:
         """Return the next character that is not blank; "" at the end of the file."""
@@ -398,6 +407,8 @@ class _Window:
     def value(self, decoder: json.JSONDecoder, where: str) -> object:
         self.next()
         while True:
+            if self._dense:
+                raise DatasetInvalidError(f"{where} {_TOO_MANY_VALUES}")
             try:
                 value, end = decoder.raw_decode(self._text, self._position)
             except (ValueError, RecursionError) as error:
@@ -434,6 +445,8 @@ class _Window:
             text, self._rest = data[: error.start].decode("utf-8"), data[error.start :]
         self._text = self._text[self._position :] + text
         self._position = 0
+        # Longer than the usual chunk only if a row is.
+        self._dense = len(self._text) > _MAX_VALUES and sum(map(self._text.count, ",[{")) > _MAX_VALUES
         return not self._at_end or bool(text)
 
 
@@ -601,7 +614,7 @@ def _values(rows: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
     for number in range(rows.num_rows):
         row = rows.slice(number, 1)
         if row.nbytes > _MAX_RECORD_BYTES or _count(row) > _MAX_VALUES:
-            yield "is longer than 64 MiB, or its lists have more than 8 million values"
+            yield f"is longer than 64 MiB, or {_TOO_MANY_VALUES}"
             continue
         try:
             yield row.to_pylist(maps_as_pydicts="lossy")[0]

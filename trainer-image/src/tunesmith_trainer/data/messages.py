@@ -50,6 +50,8 @@ _MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
 _TEXT_TYPES = ("text", "input_text", "output_text")
 """Types of the parts of a message's content that are text."""
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+MAX_ROW_CHARACTERS = 8 * 2**20
+"""Highest number of characters of a row's JSON. Its tokens take about a hundred times as much memory."""
 _MAX_IGNORED_KEYS = 64
 _MAX_MESSAGES = 1024
 """Highest number of messages of a chat. Its answers are located one by one, each by rendering all that is before it."""
@@ -254,6 +256,8 @@ def _of_json(origin: Origin) -> Origin:
 def _parsed(text: str, what: str) -> Any:  # noqa: ANN401 - JSON
     if not text.strip():
         raise RowError(f"{what} is empty", DropReason.EMPTY)
+    if len(text) > MAX_ROW_CHARACTERS:
+        raise RowError(f"{what} has {len(text)} characters, more than {MAX_ROW_CHARACTERS}", DropReason.OVERLONG)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -27,6 +27,7 @@ from tunesmith_trainer.data.forms import (
     as_turns,
 )
 from tunesmith_trainer.data.messages import (
+    MAX_ROW_CHARACTERS,
     MEDIA_COLUMNS,
     Origin,
     RowError,
@@ -63,8 +64,6 @@ _OTHER_NAMES = {
 }
 """Common names of columns; used for suggestions only."""
 _SHOWN_COLUMNS = 8
-MAX_ROW_CHARACTERS = 8 * 2**20
-"""Highest number of characters of a row's JSON. Its tokens take about a hundred times as much memory."""
 _SURROGATE = re.compile(r"\\ud[89a-f]")
 
 

@@ -15,7 +15,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from tunesmith_trainer.data import reasoning
-from tunesmith_trainer.data.rows import MAX_ROW_CHARACTERS
+from tunesmith_trainer.data.messages import MAX_ROW_CHARACTERS
 from tunesmith_trainer.data.served import ServedForm
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 from tunesmith_trainer.libraries import refused
