@@ -51,6 +51,9 @@ _BY_REASON: Final = {
     "only the agent loads adapters, after checking them": (
         "--default-mm-loras", "--lora-modules", "--lora-target-modules",
     ),
+    "the agent checks engines by the text that they generate, and a pooling model generates none": (
+        "--convert", "--pooler-config", "--runner",
+    ),
     "it logs requests and responses": (
         "--enable-log-deltas", "--enable-log-outputs", "--enable-log-requests",
     ),
