@@ -120,7 +120,7 @@ def _chat_template(folder: ModelFolder, names: set[str]) -> bytes:
 
 
 def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tuple[int, ...], bytes]]:
-    found = []
+    found: list[tuple[str, str, tuple[int, ...], bytes]] = []
     for file in weights:
         try:
             size = folder.size(file)
