@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 _CONNECTIONS = 48
 _QUIET_SECONDS = 1.0
 """After this long without a byte, an answer does not come: the request was not complete."""
-_OPTIONS = ("--hold-seconds=0.1", "--header-seconds=1", "--body-seconds=1", "--log-level=DEBUG")
+_OPTIONS = (
+    "--hold-seconds=0.1",
+    "--header-seconds=1",
+    "--body-seconds=1",
+    "--log-level=DEBUG",
+    "--cors-origins=https://app.example.com",
+)
 _LARGE_SHARE = 0.01
 
 _WORDS: tuple[bytes, ...] = (
@@ -42,6 +48,7 @@ _WORDS: tuple[bytes, ...] = (
     b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n",
     b"Connection: close\r\n", b"Host: a\r\nHost: b\r\n", b"X-Request-Id: %s\r\n", b"X: %s\r\n y: folded\r\n",
     b"Authorization: Bearer %s\r\n", b"%s", b'"model":"%s",', b'"stream":true,', b'"n":1000,', b'"model":7,',
+    b"Origin: https://app.example.com\r\n", b"Access-Control-Request-Method: POST\r\n", b"x-api-key: %s\r\n",
 )  # fmt: skip
 _METHODS = (b"POST",) * 8 + (
     b"GET",
@@ -56,6 +63,8 @@ _METHODS = (b"POST",) * 8 + (
     b"%s",
 )
 _PATHS = (b"/v1/chat/completions",) * 6 + (
+    b"/v1/responses", b"/v1/responses/x/cancel", b"/v1/messages", b"/v1/messages/count_tokens", b"/v1/embeddings",
+    b"/v1/score", b"/v1/rerank", b"/tokenize", b"/detokenize", b"/v2/rerank",
     b"/v1/completions", b"/v1/models", b"/v1/models/pirate", b"/v1/models/team%%2Fpirate", b"/v1/models/%%00%%ff",
     b"/", b"/health", b"//v1/chat/completions", b"/v1/chat/completions/", b"/v1/chat%%2fcompletions",
     b"/v1/../v1/completions", b"/v1/completions?key=%s", b"/%s", b"http://x/v1/completions", b"*", b"x:443", b"/\xff",
@@ -67,6 +76,7 @@ _VALUES: tuple[Any, ...] = (
 _FIELDS = (
     "stream", "n", "best_of", "prompt", "prompt_embeds", "use_beam_search", "messages", "temperature", "cache_salt",
     "stream_options", "tools", "max_tokens", "logprobs", "user", "",
+    "input", "documents", "text_1", "text_2", "query", "tokens", "max_output_tokens", "store", "system",
 )  # fmt: skip
 _MODELS = ("pirate", "team/pirate", "base", "serving/base", "nobody", "", "pi\0rate", "team/pirate@x", "../x", "é" * 80)
 
@@ -252,10 +262,13 @@ def _answer_fault(response: h11.Response, body: bytes, complete: bool, *, head: 
     if status < 400 or head or not complete:
         return None
     try:
-        error = json.loads(body)["error"]
+        document = json.loads(body)
+        error = document["error"]
     except (ValueError, KeyError, TypeError):
         return f"{status} without an error in OpenAI's schema"
-    return None if set(error) == {"message", "type", "param", "code"} else "an error with other fields"
+    of_anthropic = document.get("type") == "error" and set(document) == {"type", "error", "request_id"}
+    fields = {"message", "type"} if of_anthropic else {"message", "type", "param", "code"}
+    return None if set(error) == fields else "an error with other fields"
 
 
 async def fuzz(rig: ProcessRig, count: int, seed: int, report: Callable[[str], None]) -> Findings:
