@@ -12,7 +12,6 @@ import hashlib
 import logging
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
@@ -25,6 +24,8 @@ from tunesmith.gateway.broadcast import Broadcast, wait_for_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from tunesmith.gateway.issuer import OidcSettings
 
 LOG = logging.getLogger(__name__)
 
@@ -45,27 +46,6 @@ _KEY_TYPES = frozenset({"RSA", "EC", "OKP"})
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SUBJECT = re.compile(r"[A-Za-z0-9._@:|/+=-]+")
 _DISCOVERY = "/.well-known/openid-configuration"
-
-
-@dataclass(frozen=True, slots=True)
-class OidcSettings:
-    """What a token must have, and what it may do.
-
-    Attributes:
-        issuer: URL of the issuer, as tokens have it in `iss`.
-        audience: the value that `aud` must contain.
-        namespace_claim: claim with the namespace, or a list of them whose first one is the home.
-        requests_per_minute: limit of each subject; None: none.
-        tokens_per_day: as above.
-        max_concurrency: as above.
-    """
-
-    issuer: str
-    audience: str
-    namespace_claim: str
-    requests_per_minute: int | None = None
-    tokens_per_day: int | None = None
-    max_concurrency: int | None = None
 
 
 class _PublicKey(NamedTuple):

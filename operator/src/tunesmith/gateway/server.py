@@ -22,7 +22,6 @@ from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.internal import internal_app
 from tunesmith.gateway.keys import KeyTable
 from tunesmith.gateway.metrics import Metrics
-from tunesmith.gateway.oidc import TokenVerifier
 from tunesmith.gateway.proxy import Proxy
 from tunesmith.gateway.quotas import Quotas
 from tunesmith.gateway.windows import LocalCounters
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from tunesmith.contracts.agent import Keys
     from tunesmith.gateway.feed import Watcher
+    from tunesmith.gateway.oidc import TokenVerifier
     from tunesmith.gateway.settings import GatewaySettings
     from tunesmith.gateway.shared_counters import SharedCounters
     from tunesmith.gateway.tracing import Tracing
@@ -100,6 +100,8 @@ class Gateway:
         self._tokens: TokenVerifier | None = None
         oidc = settings.oidc()
         if oidc is not None:
+            from tunesmith.gateway.oidc import TokenVerifier  # noqa: PLC0415 - 9 MB if it is used
+
             self._tokens = TokenVerifier(oidc, self._session, clock=loop.time, wall_clock=time.time)
         counters = LocalCounters(time.time)
         self._shared: SharedCounters | None = None

@@ -12,8 +12,8 @@ from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT, GATEWAY_INTERNAL_
 from tunesmith.contracts.apikey import MAX_LIMIT
 from tunesmith.contracts.settings import ChartValue, Internal, SettingPattern
 from tunesmith.gateway.cors import Origins  # noqa: TC001 - read by pydantic
+from tunesmith.gateway.issuer import OidcSettings
 from tunesmith.gateway.limits import Limits
-from tunesmith.gateway.oidc import OidcSettings
 from tunesmith.settings import ClusterSettings
 
 GATEWAY_KEY_FILE = Path("/etc/tunesmith/gateway/key")
