@@ -37,7 +37,6 @@ OTHER: dict[str, Any] = {
     "serving.sharedPoolNamespaces": ["models"],
     "serving.adapterStorage": "8Gi",
     "serving.baseModelStorage": "64Gi",
-    "prometheus.url": "http://prometheus.monitoring:9090/prefix",
 }
 """A value that is not the default, by path; those of other numbers and booleans follow from their defaults."""
 

@@ -10,7 +10,7 @@ import pytest
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.cli.describe import age, lines, next_step, rollout_lines, summary, waiting
+from tunesmith.cli.describe import age, lines, next_step, rollout_lines, state, summary, waiting
 from tunesmith.cli.errors import CliError
 from tunesmith.cli.kinds import Kind, parse, parse_kind
 from tunesmith.cli.wait import final_failure, serves
@@ -201,6 +201,64 @@ def test_an_age_is_written_as_kubectl_does(seconds: int, text: str) -> None:
 
 def test_an_available_pool_is_not_waiting() -> None:
     assert waiting(pool(conditions=[condition("Available", "True", "PodsReady")])) == ""
+
+
+GIVEN_UP = "revision bbbbbbbbbbbb was given up: ErrorRate: 0.2 is above the max, 0.05"
+ROLLING_OUT = {
+    "phase": "Progressing",
+    "digest": DIGEST,
+    "stable": {"digest": f"sha256:{'b' * 64}"},
+    "step": 1,
+    "steps": 2,
+    "startedAt": "2026-01-01T00:00:00Z",
+    "message": "step 1 of 2 lasts 600 seconds",
+    "measures": [
+        {"measure": "ErrorRate", "value": 0.01, "max": 0.05, "passed": True},
+        {"measure": "Query", "query": "up", "max": 1.0, "message": "no result"},
+    ],
+}
+SHARED = {
+    **SERVING,
+    "phase": "Ready",
+    "revisions": [
+        {**revision("Resident", 1), "weight": 10},
+        {**revision("Resident", 2), "digest": f"sha256:{'b' * 64}", "weight": 90},
+    ],
+    "rollout": ROLLING_OUT,
+}
+
+
+def test_a_rollout_is_shown_with_its_measures() -> None:
+    resource = adapter(**SHARED)
+    assert rollout_lines(resource) == [
+        ("state", "Progressing"),
+        ("new", "aaaaaaaaaaaa"),
+        ("old", "bbbbbbbbbbbb"),
+        ("step", "1 of 2"),
+        ("requests", "10 % to aaaaaaaaaaaa, 1 pod"),
+        ("requests", "90 % to bbbbbbbbbbbb, 2 pods"),
+        ("measure", "ErrorRate: 0.01 (max 0.05), passes"),
+        ("measure", "up: ? (max 1), no result"),
+        ("message", "step 1 of 2 lasts 600 seconds"),
+    ]
+    assert dict(lines(resource))["rollout"] == "step 1 of 2 lasts 600 seconds"
+    assert (state(resource), summary(resource, NOW)) == ("RollingOut", "step 1 of 2 lasts 600 seconds")
+    assert rollout_lines(adapter(**SERVING)) == []
+
+
+def test_a_version_that_was_given_up_is_no_success() -> None:
+    conditions = [
+        *SERVING["conditions"],
+        condition("Progressing", "False", "RolledBack", GIVEN_UP),
+        condition("Stalled", "True", "RolledBack", GIVEN_UP),
+    ]
+    resource = adapter(**{**SERVING, "phase": "Ready", "conditions": conditions})
+    assert (state(resource), summary(resource, NOW)) == ("Stalled", GIVEN_UP)
+    assert final_failure(resource) == GIVEN_UP
+
+
+def test_a_new_version_serves_once_its_rollout_is_over() -> None:
+    assert not serves(adapter(**SHARED))
 
 
 def test_a_rollout_shows_how_the_answers_of_a_shadow_differ() -> None:

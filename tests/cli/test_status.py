@@ -17,6 +17,8 @@ def row(kind: str, name: str, state: str) -> ResourceRow:
     [
         ("Failed", Urgency.PROBLEM),
         ("Degraded", Urgency.PROBLEM),
+        ("Stalled", Urgency.PROBLEM),
+        ("RollingOut", Urgency.IN_PROGRESS),
         ("Unknown", Urgency.PROBLEM),
         *((state, Urgency.IN_PROGRESS) for state in ("Pending", "Validating", "Queued", "Running", "Suspended")),
         *((state, Urgency.IN_PROGRESS) for state in ("Waiting", "Loading")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tunesmith.api.adapterdeployment import AdapterDeployment
+from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterPhase
 from tunesmith.api.conditions import AdapterDeploymentCondition, ServingPoolCondition, find, is_true
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.cli.progress import final_condition, live_line
@@ -20,7 +20,15 @@ _UNOBSERVED = "the operator has not processed it yet"
 
 
 def state(resource: Resource) -> str:
-    """Return the phase; `Pending` before the operator has set one."""
+    """Return the phase; `Pending` before the operator has set one.
+
+    An adapter that serves, but not the version that its spec asks for, is `RollingOut`, or `Stalled` if that has failed.
+    """
+    if isinstance(resource, AdapterDeployment) and resource.status.phase is AdapterPhase.READY:
+        if is_true(resource.status.conditions, AdapterDeploymentCondition.STALLED):
+            return "Stalled"
+        if resource.status.rollout is not None and resource.status.rollout.is_running:
+            return "RollingOut"
     return resource.status.phase.value if resource.status.phase else "Pending"
 
 
@@ -33,10 +41,20 @@ def summary(resource: Resource, now: datetime) -> str:
         return _loss(resource) if end.type == "Complete" else f"{end.reason}: {end.message}"
     if isinstance(resource, AdapterDeployment):
         pool = adapter_pool(resource)
-        return waiting(resource) or (f"{pods(resource)} pods of {pool}" if pool else "")
+        served = f"{pods(resource)} pods of {pool}" if pool else ""
+        return waiting(resource) or _unfinished(resource) or served
     status = resource.status
     free = f", {_free(status)} more adapters fit" if status.adapter_capacity is not None else ""
     return waiting(resource) or f"{pods(resource)} pods{free}, {resource.spec.base_model.origin}"
+
+
+def _unfinished(adapter: AdapterDeployment) -> str:
+    """Return why a serving adapter does not serve the version of its spec alone; empty if it does."""
+    stalled = find(adapter.status.conditions, AdapterDeploymentCondition.STALLED)
+    if stalled is not None:
+        return stalled.message
+    rollout = adapter.status.rollout
+    return rollout.message if rollout is not None and rollout.is_running else ""
 
 
 def waiting(resource: AdapterDeployment | ServingPool) -> str:

@@ -42,6 +42,7 @@ class Urgency(IntEnum):
 _BY_STATE = {
     "Failed": Urgency.PROBLEM,
     "Degraded": Urgency.PROBLEM,
+    "Stalled": Urgency.PROBLEM,
     "Unknown": Urgency.PROBLEM,
     "Ready": Urgency.DONE,
     "Available": Urgency.DONE,
