@@ -22,7 +22,7 @@ _UNOBSERVED = "the operator has not processed it yet"
 def state(resource: Resource) -> str:
     """Return the phase; `Pending` before the operator has set one.
 
-    An adapter that serves, but not the version that its spec asks for, is `RollingOut`, or `Stalled` if that has failed.
+    An adapter that serves, but not the version of its spec, is `RollingOut`, or `Stalled` if that has failed.
     """
     if isinstance(resource, AdapterDeployment) and resource.status.phase is AdapterPhase.READY:
         if is_true(resource.status.conditions, AdapterDeploymentCondition.STALLED):
