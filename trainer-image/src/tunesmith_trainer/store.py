@@ -16,6 +16,7 @@ from tunesmith.storage.errors import (
 )
 from tunesmith.storage.errors import (
     CredentialsMissingError,
+    FullError,
     InvalidUriError,
     NotFoundError,
     StorageError,
@@ -24,6 +25,7 @@ from tunesmith.storage.folder import Access, Folder, Retry, open_folder
 from tunesmith_trainer.errors import (
     AccessDeniedError,
     InvalidSpecError,
+    OutOfDiskError,
     SecretNotFoundError,
     StorageUnavailableError,
     TrainerError,
@@ -167,6 +169,8 @@ def trainer_error(error: StorageError, missing: type[TrainerError]) -> TrainerEr
         return SecretNotFoundError(str(error))
     if isinstance(error, InvalidUriError):
         return InvalidSpecError(str(error))
+    if isinstance(error, FullError):
+        return OutOfDiskError(str(error))
     return StorageUnavailableError(str(error))
 
 

@@ -7,7 +7,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunesmith.storage.errors import AccessDeniedError, InvalidUriError, NotFoundError, UnavailableError
+from tunesmith.storage.errors import (
+    AccessDeniedError,
+    FullError,
+    InvalidUriError,
+    NotFoundError,
+    UnavailableError,
+)
 from tunesmith.storage.schemes import DENIED_S3_CODES, causes, is_instance
 
 if TYPE_CHECKING:
@@ -49,6 +55,11 @@ def diagnose(error: Exception, target: Target, tries: int) -> StorageError:
     if scheme.no_credentials(error) or _no_credentials(error):
         keys = " or ".join(" and ".join(keys) for keys in scheme.credentials)
         return AccessDeniedError(f"no complete credentials for {name}: {source} must have {keys}")
+    number = error.errno if isinstance(error, OSError) else None
+    if number in {errno.ENOSPC, errno.EDQUOT}:
+        return FullError(f"the disk of {name} has no room: free some, or use a larger one")
+    if number == errno.EROFS:
+        return AccessDeniedError(f"the disk of {name} is read-only: use one that can be written")
     if scheme.denied(error) or _denied(error):
         return AccessDeniedError(
             f"access to {name} was denied with the credentials of {source}: check the keys there and what they may"

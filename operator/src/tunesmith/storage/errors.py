@@ -28,4 +28,4 @@ class UnavailableError(StorageError):
 
 
 class FullError(StorageError):
-    """The local disk is full."""
+    """A disk of this machine, or one that it has mounted, is full; room may be made."""

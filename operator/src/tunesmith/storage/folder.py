@@ -129,7 +129,7 @@ def attempt(
                 failure: StorageError = AccessDeniedError(f"{server} resolves to {refused.explanation}")
             else:
                 failure = error if isinstance(error, StorageError) else diagnosis(error, tries)
-            pause = next(pauses, None) if isinstance(failure, UnavailableError) else None
+            pause = next(pauses, None) if isinstance(failure, UnavailableError | FullError) else None
             if pause is None:
                 raise access.failure(failure) from error
             access.waiting(f"{failure}; retrying in {pause:.0f} s")
@@ -661,8 +661,8 @@ def _last(entry: dict[str, Any]) -> str:
 def _write_exclusively(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    whole.write_bytes(data)
     try:
+        whole.write_bytes(data)
         os.link(whole, path)  # the name appears with its complete content, or not at all
     finally:
-        whole.unlink()
+        whole.unlink(missing_ok=True)
