@@ -247,3 +247,26 @@ async def test_models_have_the_members_that_clients_read(rig: Rig) -> None:
     assert models["team/pirate"].items() >= members.items()
     members = {"root": "serving/base", "parent": None, "max_model_len": 4096}
     assert models["serving/base"].items() >= members.items()
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/embeddings": {"input": ["Hi"]},
+    "/v1/score": {"text_1": "a", "text_2": ["b"]},
+    "/v1/rerank": {"query": "a", "documents": ["b"]},
+    "/tokenize": {"prompt": "Hi"},
+    "/detokenize": {"tokens": [1]},
+}
+
+
+@pytest.mark.parametrize("path", sorted(API_BY_PATH))
+async def test_a_key_calls_only_its_models_on_every_path(pirates: Rig, path: str) -> None:
+    pirates.watches.put(adapter_manifest("poet"))
+    body = {"model": "team/pirate", **BODIES.get(API_BY_PATH[path].path, {"messages": TALK, "max_tokens": 5})}
+    foreign = pirates.add_key("foreign", home="elsewhere")
+    narrow = pirates.add_key("narrow", home="team", models=["team/poet"])
+    for key, status in ((foreign, 404), (narrow, 403), ("sk-ts-wrong", 401)):
+        assert (await pirates.post(body, path=path, key=key))[0] == status
+    assert (await pirates.post(body | {"model": None}, path=path))[0] == 400
+    assert pirates.pods[0].seen == []
