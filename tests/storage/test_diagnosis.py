@@ -33,7 +33,7 @@ def test_a_disk_that_cannot_be_written(
         Access(Retry(attempts=3, first=0.0, longest=0.0)),
         allow_file=True,
     )
-    done = []
+    done: list[int] = []
 
     def write() -> None:
         done.append(1)
