@@ -99,16 +99,15 @@ class RequestHold:
             return chosen
         held = _Held(tenant, flow, sequences, lambda: self._take_again(call, refused))
         try:
-            while True:
+            while held.place is None:
                 seconds = self._seconds_left(call, refused)
                 self._enter(call, held)
                 await self._wait(call, held, min(seconds, _RETRY_PAUSE_SECONDS) if refused else seconds)
-                if held.place is not None:
-                    return held.place
-                refused.clear()
-                call.model = self._catalog.resolve(call.body.model, call.key)
-                if held.turns is not None:
-                    self._wake(held.turns.dispatch())
+                if held.place is None:
+                    refused.clear()
+                    call.model = self._catalog.resolve(call.body.model, call.key)
+                    self._wake(self._turns_of(call).dispatch())
+            return held.place
         finally:
             self._leave(held)
 
