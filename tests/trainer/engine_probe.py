@@ -1,9 +1,12 @@
-"""Runs in vLLM's environment: loads adapters and compares their answers with their parity.json.
+"""Runs in vLLM's environment: loads adapters and compares their answers with those of the trainer or of PEFT.
 
-Reads `[{"base": folder, "artifacts": {key: folder}, "modules": names, "answers": file, "arguments": of LLM}]`. Writes
-to each file `adapters`, by key: `{"difference", "base"}` of adapter and base, `{"error"}` of an adapter that is
-refused, or `{"failure"}` of an engine that does not run; and `unadapted`, those of the modules to which vLLM would not
-apply an adapter; null if the engine does not run.
+Reads `[{"base": folder, "artifacts": {key: folder}, "modules": {name: folder}, "answers": file, "arguments": of
+LLM}]`. Each artifact has a parity.json; each adapter of the modules of a name has a file module.json: `{"tokens",
+"base", "adapter"}`, a prompt and the log-probabilities of its tokens after the first.
+
+Writes to each file `adapters`, by key: `{"difference", "base"}` of adapter and base, or `{"error"}` of an adapter that
+is refused; `modules`, by name: `{"difference", "effect"}`, or `{"error"}`; and `failure`: why the engine does not run,
+or null.
 """
 
 from __future__ import annotations
@@ -13,19 +16,21 @@ import json
 import os
 import sys
 import traceback
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.models import registry
 
-_LAYER = "base_layer"
-"""Attribute of a layer with adapters."""
-SECONDS = 1800
+PREPARED = ("vllm.v1.engine.llm_engine", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "vllm.lora.punica_wrapper")
+"""Modules that every engine imports."""
+AT_ONCE = 2
+"""Number of engines that run at the same time."""
+SECONDS = 300
 """Time limit of an engine."""
 
 
@@ -45,27 +50,25 @@ def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None)
     return found
 
 
-def unadapted(model: Any, modules: list[str]) -> list[str]:
-    """Return the modules whose adapters vLLM refuses (`WorkerLoRAManager._load_adapter`) or ignores.
+def of_modules(engine: Any, folder: str, number: int) -> dict[str, Any]:
+    """Return the answer about an adapter of the modules of one name."""
+    probe = json.loads((Path(folder) / "module.json").read_text())
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    try:
+        (output,) = engine.generate(
+            [{"prompt_token_ids": probe["tokens"]}],
+            sampling,
+            lora_request=LoRARequest(f"m{number}", number, folder),
+            use_tqdm=False,
+        )
+    except ValueError as error:
+        return {"error": str(error)[:300]}
+    found = [place[token].logprob for token, place in zip(probe["tokens"][1:], output.prompt_logprobs[1:], strict=True)]
+    return {"difference": _farthest(found, probe["adapter"]), "effect": _farthest(probe["base"], probe["adapter"])}
 
-    It refuses names with an unknown last part, and applies the matrices whose names are those of its own layers, if
-    the model computes with them under these names.
-    """
-    manager = model.lora_manager
-    packed = manager.packed_modules_mapping
-    expected = {part for name in manager.supported_lora_modules for part in packed.get(name, [name])}
-    reached = set(manager.modules) | {name for names in manager.packed_modules.values() for name in names}
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    renames = None if mapper is None else mapper.get_rename_mapper()
-    # A layer that is also an attribute of another module is adapted under one of its names only.
-    bypassed = {id(layer) for name, layer in model.named_modules(remove_duplicate=False) if _LAYER not in name}
-    found = []
-    for name in modules:
-        own, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", renames)
-        layer = getattr(manager.modules.get(own), _LAYER, None)
-        if own.rpartition(".")[2] not in expected or own not in reached or id(layer) in bypassed:
-            found.append(name)
-    return found
+
+def _farthest(left: list[float], right: list[float]) -> float:
+    return max(abs(one - other) for one, other in zip(left, right, strict=True))
 
 
 def answers_of(request: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +80,8 @@ def answers_of(request: dict[str, Any]) -> dict[str, Any]:
         max_loras=2,
         max_lora_rank=64,
         max_model_len=256,
+        max_num_batched_tokens=256,
+        max_num_seqs=4,
         kv_cache_memory_bytes=64 * 2**20,
         enforce_eager=True,
         **arguments,
@@ -90,13 +95,16 @@ def answers_of(request: dict[str, Any]) -> dict[str, Any]:
             answers[key] = {"error": str(error)[:300]}
         else:
             answers[key] = {"difference": found, "base": difference(engine, parity, None)}
-    (without,) = engine.apply_model(partial(unadapted, modules=request["modules"]))
-    return {"adapters": answers, "unadapted": without}
+    modules = {
+        name: of_modules(engine, folder, number)
+        for number, (name, folder) in enumerate(request["modules"].items(), len(request["artifacts"]) + 1)
+    }
+    return {"adapters": answers, "modules": modules, "failure": None}
 
 
-def failed(request: dict[str, Any], text: str) -> dict[str, Any]:
+def failed(text: str) -> dict[str, Any]:
     """Return the answers of an engine that does not run."""
-    return {"adapters": {key: {"failure": text} for key in request["artifacts"]}, "unadapted": None}
+    return {"adapters": {}, "modules": {}, "failure": text}
 
 
 def probe(request: dict[str, Any]) -> None:
@@ -107,7 +115,7 @@ def probe(request: dict[str, Any]) -> None:
         _, status = os.waitpid(child, 0)
         if not target.exists():
             text = f"the engine exited with status {os.waitstatus_to_exitcode(status)}"
-            target.write_text(json.dumps(failed(request, text)))
+            target.write_text(json.dumps(failed(text)))
         return
     with target.with_suffix(".log").open("w") as log:
         os.dup2(log.fileno(), 1)
@@ -122,15 +130,19 @@ def probe(request: dict[str, Any]) -> None:
     except Exception as error:  # noqa: BLE001 - an engine that fails is an answer
         traceback.print_exc()
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        answers = failed(request, text)
+        answers = failed(text)
     target.write_text(json.dumps(answers))
     os._exit(0)
 
 
 def main(listed: Path) -> None:
     """Start an engine for each request; see the module's docstring."""
-    for request in json.loads(listed.read_text()):
-        probe(request)
+    for name in PREPARED:
+        import_module(name)
+    with ThreadPoolExecutor(AT_ONCE) as engines:
+        for request, _ in zip(requests := json.loads(listed.read_text()), engines.map(probe, requests), strict=True):
+            sys.stdout.write(f"{request['base']}: vLLM answered\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.trainer.architectures import FAMILIES, Family, make
+from tests.trainer.architectures import FAMILIES, LEFT_OUT, Family, make
 from tests.trainer.methods_rig import PROMPTS, distance, spec_of, try_method
 from tests.trainer.verify_architectures import limit_of
 from tunesmith.contracts.servability import of_any_layer
 from tunesmith.contracts.vllm_architectures import VLLM as VLLM_RELEASE
+from tunesmith.contracts.vllm_architectures import WITH_ADAPTERS, WITHOUT_ADAPTERS
 from tunesmith.contracts.vllm_modules import ASKED, UNADAPTED
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits
@@ -60,6 +62,13 @@ def table() -> dict[str, list[str]]:
 
 def test_the_table_lists_every_family(table: dict[str, list[str]]) -> None:
     assert list(table) == [family.name for family in FAMILIES]
+
+
+def test_every_causal_model_that_transformers_and_vllm_share_has_a_row_or_a_reason() -> None:
+    served = WITH_ADAPTERS | WITHOUT_ADAPTERS
+    shared = {name for name, classes in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if {classes} & served}
+    listed = {family.model_type for family in FAMILIES}
+    assert shared - listed == set(LEFT_OUT)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.model_type for family in FAMILIES])
@@ -129,6 +138,20 @@ def test_all_linear_of_a_vision_language_model_is_its_language_model() -> None:
     assert list(named.modules) == [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
 
 
+@pytest.mark.parametrize("name", ["DeepSeek-V3.2", "DeepSeek-V4", "GLM-5", "Hy 4", "Qwen4", "dots3"])
+def test_all_linear_leaves_out_indexers_which_get_no_gradient(name: str) -> None:
+    planned = plan(name, {"lora": {}})
+    assert modules(name).indexers
+    assert not modules(name).indexers & set(planned.modules)
+
+
+def test_experts_that_are_stacked_in_two_dimensions_count() -> None:
+    without = plan("DBRX", {"lora": {}})
+    named = plan("DBRX", {"lora": {"targetParameters": ["mlp.w1", "mlp.v1", "mlp.w2"]}})
+    assert without.adapted_weights < modules("DBRX").layer_weights / 2
+    assert named.adapted_weights == modules("DBRX").layer_weights
+
+
 def test_modules_whose_names_are_numbers_are_named_in_full() -> None:
     planned = plan("Gemma 3n", {"lora": {}})
     assert planned.config is not None
@@ -185,6 +208,7 @@ def test_an_adapter_of_a_language_model_alone_is_not_servable_with_the_whole_mod
         ("Mixtral", {"lora": {"targetParameters": ["experts.up"]}}, "it has experts.down_proj, experts.gate_up_proj"),
         ("Mamba-2", {"lora": {"targetModules": ["out_proj"]}}, "the layers of a mamba2 bypass it"),
         ("Mamba", {"lora": {"targetModules": ["dt_proj"]}}, "the layers of a mamba bypass it"),
+        ("DeepSeek-V3.2", {"lora": {"targetModules": ["wq_b"]}}, "wq_b is part of the indexer of a deepseek_v32"),
         ("Mamba", {"qlora": {}}, "compute with the weights of linear modules themselves"),
         ("Gemma 3n", {"qlora": {}}, "compute with the weights of linear modules themselves"),
         ("Falcon", {"qlora": {}}, "can hold 0% of the weights in the layers of a falcon"),

@@ -53,7 +53,7 @@ def test_an_engine_computes_what_peft_recorded(tmp_path: Path) -> None:
     request = {
         "base": str(base),
         "artifacts": artifacts,
-        "modules": [],
+        "modules": {},
         "answers": str(answers),
         "arguments": {},
     }

@@ -8,56 +8,81 @@ Example: python -m tests.trainer.verify_architectures --engine server-image/engi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 import tempfile
 import textwrap
+import time
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests.trainer import agent_package  # noqa: F401 - before the agent's modules
-from tests.trainer.architectures import FAMILIES, Family, make
+from tests.trainer.architectures import FAMILIES, LEFT_OUT, VOCABULARY, Family, make
 from tests.trainer.verify_methods import (
     PARITY_LIMIT,
+    Trial,
     ask_engines,
     compare_reloaded,
     engine_request,
     figure,
     fill_in_answers,
+    in_processes,
     parser_of,
     report,
-    try_case,
     write_line,
 )
+from tunesmith.api.methods.lora import LORA
 from tunesmith.contracts import vllm_modules
-from tunesmith.contracts.parity import PARITY_FILE, Parity
 from tunesmith.contracts.safetensors import LENGTH_BYTES
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_RANK, of_any_layer
 from tunesmith.contracts.vllm_architectures import VLLM, WITH_ADAPTERS
 from tunesmith.contracts.vllm_modules import UNADAPTED
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError, check_config, check_header, check_length, weight_bounds
-from tunesmith_trainer.methods.targets import modules_of
+from tunesmith_trainer.methods.targets import adaptable, modules_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from tests.trainer.verify_methods import Tried
 
 UNADAPTED_MODULE = Path(vllm_modules.__file__)
-DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENT = REPOSITORY / "docs/architectures.md"
+_DEPENDS = (
+    "operator/src/tunesmith/contracts/*.py",
+    "operator/src/tunesmith/api/**/*.py",
+    "trainer-image/src/**/*.py",
+    "trainer-image/uv.lock",
+    "server-image/engine-cpu/uv.lock",
+    *(f"tests/trainer/{name}.py" for name in ("verify_methods", "engine_probe", "tiny_model", "trainer_rig")),
+)
+"""Files that determine the results, besides those of a family."""
 _LORA = {"rank": 4, "alpha": 8}
 _RATE = 0.02
 """Learning rate with which each adapted module has an effect that an engine's answers reveal."""
 _BFLOAT16_LIMIT = 0.05
 _LATENT_LIMIT = 2e-3
 """vLLM's kernel for latent attention on CPUs is less exact: so much it differs without an adapter."""
-_LEAST_EFFECT = 10
-"""Least effect of each adapted module, as a multiple of the difference between engine and trainer."""
+_PROBE_TOKENS = 24
+_SCALES = (0.1, 0.5, 2.0, 8.0)
+"""Standard deviations of the values of the second matrix of a module's adapter, of which the least is used that has:"""
+_EFFECT = 0.5
+"""Change of a log-probability by the adapter of one module."""
+_APPLIED = 0.1
+"""Greatest difference between engine and PEFT, as a share of that change, with which an adapter is applied.
+
+Even bfloat16 is more exact; an adapter that is ignored or misapplied in one layer is not.
+"""
 
 
 def methods_of(family: Family) -> dict[str, tuple[dict[str, Any], str]]:
@@ -85,39 +110,48 @@ def of_peft(family: Family) -> int:
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
-def least_effect(base: Path, artifact: Path) -> tuple[float, str]:
-    """Return the least change of a recorded log-probability without the modules of a name, and that name.
+def write_modules(base: Path, names: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Write an adapter for the modules of each name alone, random and strong, with what PEFT computes with it.
 
-    An engine whose answers are nearer than that applies the adapter to all modules.
+    Args:
+        base: folder of the base.
+        names: full names of modules.
+        folder: folder to write to.
+
+    Returns:
+        The folder of each adapter, by the modules' name without the numbers of layers.
     """
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), artifact)
-    parity = Parity.model_validate_json((artifact / PARITY_FILE).read_bytes())
-    expected = _chosen(model, parity)
-    by_name: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            by_name.setdefault(name.split(".lora_B.")[0].rpartition(".")[2], []).append(parameter.data)
-    found = []
-    for name, tensors in by_name.items():
-        kept = [tensor.clone() for tensor in tensors]
-        for tensor in tensors:
-            tensor.zero_()
-        found.append((float((_chosen(model, parity) - expected).abs().max()), name))
-        for tensor, before in zip(tensors, kept, strict=True):
-            tensor.copy_(before)
-    return min(found)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(of_any_layer(name), []).append(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokens = torch.randint(3, VOCABULARY, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(1))
+    without = _log_probabilities(model, tokens)
+    folders = {}
+    for group, members in sorted(groups.items()):
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=members, task_type="CAUSAL_LM")
+        adapted: Any = get_peft_model(model, config)
+        second = [value for name, value in adapted.named_parameters() if ".lora_B." in name]
+        directions = [torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) for value in second]
+        for scale in _SCALES:
+            for value, direction in zip(second, directions, strict=True):
+                value.data.copy_(scale * direction)
+            found = _log_probabilities(adapted, tokens)
+            if float((found - without).abs().max()) >= _EFFECT:
+                break
+        folders[group] = folder / group
+        adapted.save_pretrained(folders[group])
+        answer = {"tokens": tokens.tolist(), "base": without.tolist(), "adapter": found.tolist()}
+        (folders[group] / "module.json").write_text(json.dumps(answer))
+        model = adapted.unload()
+    return folders
 
 
-def _chosen(model: Any, parity: Parity) -> torch.Tensor:
-    """Return the log-probabilities of the recorded answers' tokens."""
-    scores = []
-    for probe in parity.probes:
-        answer = torch.tensor(probe.answer_token_ids)
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*probe.prompt_token_ids, *probe.answer_token_ids]])).logits
-        rows = torch.log_softmax(logits[0, -len(answer) - 1 : -1], dim=-1)
-        scores.append(rows.gather(1, answer[:, None])[:, 0])
-    return torch.cat(scores)
+def _log_probabilities(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each token after the first."""
+    with torch.no_grad():
+        logits = model(input_ids=tokens[None]).logits[0, :-1]
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[1:, None])[:, 0]
 
 
 def check_reason(tried: Tried) -> None:
@@ -170,7 +204,9 @@ def document(tried: dict[str, Tried], families: list[Family]) -> str:
         cells += [cell(family, column) for column in ("ia3", "full", "named", "experts")]
         cells += [_served(family, tried, note), _parity(family, tried, note)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*_HEAD, *lines, "", "## Notes", "", *(f"{i}. {text}" for i, text in enumerate(notes, 1)), ""])
+    numbered = [f"{i}. {text}" for i, text in enumerate(notes, 1)]
+    left_out = [f"- `{model_type}`: {why}." for model_type, why in LEFT_OUT.items()]
+    return "\n".join([*_HEAD, *lines, "", "## Notes", "", *numbered, "", *_LEFT_OUT_HEAD, *left_out, ""])
 
 
 def _served(family: Family, tried: dict[str, Tried], note: Callable[[Family, str | None], str]) -> str:
@@ -190,7 +226,8 @@ def _parity(family: Family, tried: dict[str, Tried], note: Callable[[Family, str
         return "–"
     found = [each.engine for each in one if each.engine is not None]
     if not found:
-        return f"not measured {note(family, family.unmeasured)}" if family.unmeasured else "not measured"
+        why = family.unmeasured or next((each.no_engine for each in one if each.no_engine), None)
+        return f"not measured {note(family, why)}" if why else "not measured"
     kind = family.engine.get("dtype")
     return figure(max(found)) if kind is None else f"{figure(max(found))} in {kind}"
 
@@ -224,10 +261,118 @@ _HEAD = [
     "- **vLLM**: whether the engine applies the adapter of `lora: {}`, or that of **named** modules only; **parity**:",
     "  greatest difference of log-probabilities between a real vLLM on a CPU (in float32, where no other type is",
     "  given) and the `parity.json` of the artifacts of **lora** and **named**. Experts, which have no adapter there,",
-    "  are computed as without `--enable-lora`: with it, vLLM has kernels for GPUs only.",
+    "  are computed as without `--enable-lora`: with it, vLLM has kernels for GPUs only. Besides, vLLM loaded a strong",
+    "  random adapter for the modules of each name alone: modules whose adapters it refuses, ignores or applies",
+    "  otherwise than PEFT are named in the note.",
     "",
     f"| {' | '.join(_COLUMNS)} |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+@dataclass
+class Checked:
+    """Results of the methods on one family, and the request for an engine.
+
+    Args:
+        tried: results, by `<family>/<column>`.
+        request: request for `ask_engines`; None: the engine's answers cannot be compared.
+        class_name: architecture, as vLLM knows it.
+    """
+
+    tried: dict[str, Tried]
+    request: dict[str, Any] | None
+    class_name: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is done with one family.
+
+    Args:
+        family: the family.
+        work: folder of all families.
+        columns: columns to measure; empty: all.
+    """
+
+    family: Family
+    work: Path
+    columns: tuple[str, ...] = ()
+
+    @cached_property
+    def folder(self) -> Path:
+        """Folder of the family's results, which are kept until something that they depend on changes."""
+        class_name = modules_of(self.family.config).class_name
+        unadapted = sorted(UNADAPTED.get(class_name, ()))
+        family = replace(self.family, unmeasured="")
+        depends = repr((family, methods_of(self.family), _RATE, unadapted, _sources()))
+        return self.work / self.family.model_type / hashlib.sha256(depends.encode()).hexdigest()[:16]
+
+    def trials(self) -> dict[str, Trial]:
+        """Return the trial of each column."""
+        base = make(self.family, self.folder / "base")
+        return {
+            column: Trial(
+                f"{self.family.name}/{column}",
+                method,
+                merge,
+                base,
+                self.folder / column,
+                _RATE if column in _SERVED else None,
+            )
+            for column, (method, merge) in methods_of(self.family).items()
+            if not self.columns or column in self.columns
+        }
+
+    def train(self) -> float:
+        """Train every column that is not trained yet; return the seconds of computing."""
+        started = time.process_time()
+        for trial in self.trials().values():
+            trial.run()
+        return time.process_time() - started
+
+    def check(self) -> Checked:
+        """Compare what was trained with PEFT, in a process that did not train it."""
+        modules = modules_of(self.family.config)
+        trials = self.trials()
+        tried = {column: trial.run() for column, trial in trials.items()}
+        for one in tried.values():
+            check_reason(one)
+            compare_reloaded(one)
+            check_trained(one)
+            one.trained = None
+        check_count(tried["lora"], self.family)
+        served = {trials[column].key: tried[column] for column in _SERVED if column in tried}
+        for one in served.values():
+            check_agent(one, tried["lora"].base)
+        request = None
+        if not self.family.unmeasured and modules.class_name in WITH_ADAPTERS and not modules.alone:
+            names = adaptable(modules, str(LORA.peft_type))
+            engine = dict(self.family.engine)
+            if self.family.experts:
+                # vLLM's kernels for CPUs have no adapters of experts, which it would prepare for.
+                engine["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in names})
+            adapters = write_modules(tried["lora"].base, names, self.folder / "modules")
+            request = engine_request(served, tried["lora"].base, self.folder / "engine.answers", adapters, **engine)
+        return Checked({trials[column].key: one for column, one in tried.items()}, request, modules.class_name)
+
+
+@cache
+def _sources() -> str:
+    """Return a digest of the programs that determine the results."""
+    digest = hashlib.sha256()
+    for pattern in _DEPENDS:
+        for file in sorted(REPOSITORY.glob(pattern)):
+            if file != UNADAPTED_MODULE:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+_LEFT_OUT_HEAD = [
+    "## Without a row",
+    "",
+    "Every other causal model that these releases of transformers and vLLM share is in the table, except:",
+    "",
 ]
 
 
@@ -238,47 +383,42 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     families = [family for family in FAMILIES if not arguments.only or family.name in arguments.only]
-    tried: dict[str, Tried] = {}
-    requests = []
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         work = arguments.work or Path(name)
-        for family in families:
-            base = make(family, work / "bases" / family.model_type)
-            own: dict[str, Tried] = {}
-            for column, (method, merge) in methods_of(family).items():
-                if arguments.columns and column not in arguments.columns:
-                    continue
-                key = f"{family.name}/{column}"
-                rate = _RATE if column in {"lora", "named"} else None
-                own[key] = try_case(method, base, work / "runs" / family.model_type / column, merge, rate)
-                check_reason(own[key])
-                write_line(f"{key}: {own[key].result.message if own[key].result.reason else 'trained'}")
-            check_count(own[f"{family.name}/lora"], family)
-            lora = {key: one for key, one in own.items() if key.endswith(("/lora", "/named"))}
-            modules = modules_of(family.config)
-            names = modules.linear if modules.class_name in WITH_ADAPTERS else ()
-            engine = dict(family.engine)
-            if family.experts:
-                # vLLM's kernels for CPUs have no adapters of experts, which it would prepare for.
-                engine["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in names})
-            if not family.unmeasured:
-                request = engine_request(lora, base, work / "runs" / family.model_type, names, **engine)
-                requests.append((family, request))
-            for one in lora.values():
-                check_agent(one, base)
-            tried |= own
-        compare_reloaded(tried, work)
+        runs = [Run(family, work, tuple(arguments.columns or ())) for family in families]
+        for run, seconds in zip(runs, in_processes(Run.train, runs), strict=True):
+            write_line(f"{run.family.name}: trained in {seconds:.0f} CPU seconds")
+        checked = dict(zip(families, in_processes(Run.check, runs), strict=True))
+        tried = {key: one for each in checked.values() for key, one in each.tried.items()}
+        write_line(f"checked after {time.monotonic() - started:.0f} seconds")
         if arguments.engine:
-            ask_engines([request for _, request in requests], arguments.engine, work)
-            found = {
-                modules_of(family.config).class_name: fill_in_answers(tried, request, limit_of(family))
-                for family, request in requests
-            }
-            for one in tried.values():
-                check_effect(one)
-            if not arguments.only:
-                write_unadapted(found)
+            requests = [each.request for each in checked.values() if each.request]
+            ask_engines(requests, arguments.engine, work)
+            found = {}
+            for family, each in checked.items():
+                if each.request and (answers := fill_in_answers(tried, each.request, limit_of(family))):
+                    found[each.class_name] = unapplied(answers)
+                    check_known(each, found[each.class_name])
+            write_unadapted(found)
+        write_line(f"{len(families)} families took {time.monotonic() - started:.0f} seconds")
     return report(document(tried, families), DOCUMENT, tried, only=bool(arguments.only))
+
+
+def unapplied(answers: dict[str, Any]) -> frozenset[str]:
+    """Return the modules, without the numbers of layers, of which vLLM refuses, ignores or misapplies adapters."""
+    return frozenset(
+        name
+        for name, answer in answers.items()
+        if "error" in answer or not answer["difference"] <= _APPLIED * answer["effect"]
+    )
+
+
+def check_known(checked: Checked, found: frozenset[str]) -> None:
+    """Note that validation does not know yet to which modules vLLM applies adapters."""
+    if found != UNADAPTED.get(checked.class_name, frozenset()):
+        first = next(iter(checked.tried.values()))
+        first.problems.append(f"{UNADAPTED_MODULE.name} has changed: run the command again, to apply it")
 
 
 def limit_of(family: Family) -> float:
@@ -288,14 +428,9 @@ def limit_of(family: Family) -> float:
     return _LATENT_LIMIT if "kv_lora_rank" in family.settings else PARITY_LIMIT
 
 
-def write_unadapted(found: dict[str, list[str] | None]) -> None:
-    """Write the modules that vLLM cannot adapt, by architecture; those of engines that did not run stay as they were.
-
-    Args:
-        found: full names of such modules, by architecture; None: the engine did not run.
-    """
-    entries = {name: frozenset(map(of_any_layer, modules)) for name, modules in found.items() if modules is not None}
-    entries = {name: UNADAPTED[name] for name in UNADAPTED if name not in entries} | entries
+def write_unadapted(found: dict[str, frozenset[str]]) -> None:
+    """Write the modules that vLLM does not adapt, by architecture; those of engines that did not run are kept."""
+    entries = {name: UNADAPTED[name] for name in UNADAPTED if name not in found} | found
     lines = ["UNADAPTED: dict[str, frozenset[str]] = {"]
     for name, modules in sorted(entries.items()):
         if modules:
@@ -307,16 +442,17 @@ def write_unadapted(found: dict[str, list[str] | None]) -> None:
     UNADAPTED_MODULE.write_text("\n".join([head + lines[0], *lines[1:], rest[rest.index('}\n"""') :]]))
 
 
-def check_effect(tried: Tried) -> None:
-    """Note an adapter of which the engine's answers do not reveal whether it is applied to all modules.
-
-    In bfloat16 they cannot; then the engine's list of modules tells.
-    """
-    if tried.engine is None or tried.engine > PARITY_LIMIT:
+def check_trained(tried: Tried) -> None:
+    """Note modules whose adapter training did not change."""
+    weights = tried.artifact / ADAPTER_WEIGHTS
+    if tried.result.reason is not None or not weights.exists():
         return
-    effect, name = least_effect(tried.base, tried.artifact)
-    if effect < _LEAST_EFFECT * tried.engine:
-        tried.problems.append(f"the answers do not reveal whether {name} has its adapter: they change by {effect:.1e}")
+    with safe_open(weights, framework="pt") as tensors:
+        same = sorted(
+            {of_any_layer(name) for name in tensors.keys() if ".lora_B." in name and not tensors.get_tensor(name).any()}  # noqa: SIM118 - not a mapping
+        )
+    if same:
+        tried.problems.append(f"training did not change {', '.join(same)}")
 
 
 def check_agent(tried: Tried, base: Path) -> None:

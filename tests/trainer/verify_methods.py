@@ -12,16 +12,19 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tempfile
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import yaml
@@ -41,12 +44,14 @@ from tunesmith_trainer.main import run
 from tunesmith_trainer.methods import conversion, full
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator, Mapping
 
 PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
 RELOAD_LIMIT, PARITY_LIMIT = 2e-5, 1e-4
 """Limits of the largest difference of logits, and of log-probabilities returned by vLLM."""
 DOCUMENT = Path(__file__).parents[2] / "docs/methods.md"
+_PROCESSES = 2
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass
@@ -62,29 +67,88 @@ class Tried:
     merge: float | None = None
     no_merge: str | None = None
     engine: float | None = None
+    no_engine: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
-def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str, rate: float | None = None) -> Tried:
-    """Train with the trainer's command, at the method's learning rate or another one; also merge if possible."""
-    rows = write_rows(folder / "train.jsonl", chat_rows(24))
-    job = job_manifest(
-        f"file://{base}",
-        f"file://{rows}",
-        method=method,
-        hyperparameters={"maxSteps": 4, "batchSize": 4} | ({} if rate is None else {"learningRate": rate}),
-        output={"merge": merge},
-    )
-    tried = _train(folder / "merged", job, base)
-    if tried.result.reason is None and merge == "None":
+@dataclass(frozen=True)
+class Trial:
+    """A method to try on a base.
+
+    Args:
+        key: name in the report.
+        method: `method` of the job.
+        merge: `output.merge` of the job.
+        base: folder of the base.
+        folder: folder of the run, which is not repeated.
+        rate: learning rate; None: the method's.
+    """
+
+    key: str
+    method: dict[str, Any]
+    merge: str
+    base: Path
+    folder: Path
+    rate: float | None = None
+
+    def run(self) -> Tried:
+        """Train with the trainer's command; also merge if possible."""
+        rows = write_rows(self.folder / "train.jsonl", chat_rows(24))
+        job = job_manifest(
+            f"file://{self.base}",
+            f"file://{rows}",
+            method=self.method,
+            hyperparameters={"maxSteps": 4, "batchSize": 4}
+            | ({} if self.rate is None else {"learningRate": self.rate}),
+            output={"merge": self.merge},
+        )
+        tried = _train(self.folder / "merged", job, self.base)
+        if tried.result.reason is None and self.merge == "None":
+            return tried
+        if tried.result.reason is None:
+            merged = json.loads((self.folder / "merged/merged/merged.json").read_text())
+            tried.merge = merged["relativeLogitError"]
+        elif tried.result.message.startswith("output.merge"):
+            why = tried.result.message
+            del job["spec"]["output"]
+            tried = _train(self.folder / "out", job, self.base)
+            tried.no_merge = why
         return tried
-    if tried.result.reason is None:
-        tried.merge = json.loads((folder / "merged/merged/merged.json").read_text())["relativeLogitError"]
-    elif tried.result.message.startswith("output.merge"):
-        why = tried.result.message
-        del job["spec"]["output"]
-        tried = _train(folder / "out", job, base)
-        tried.no_merge = why
+
+
+def in_processes(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
+    """Yield a function's result for each item, from processes of their own, two at a time.
+
+    They are forks, which need not import anything again.
+
+    Raises:
+        ChildProcessError: a process failed; its output has the reason.
+    """
+    context = multiprocessing.get_context("fork")
+
+    def apart(item: T) -> R:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=lambda: sender.send_bytes(pickle.dumps(function(item))))
+        process.start()
+        sender.close()
+        try:
+            return pickle.loads(receiver.recv_bytes())  # noqa: S301 - own process
+        except EOFError:
+            process.join()
+            raise ChildProcessError(f"{item}: the process exited with status {process.exitcode}") from None
+        finally:
+            process.join()
+
+    with ThreadPoolExecutor(_PROCESSES) as threads:
+        yield from threads.map(apart, items)
+
+
+def reload_trial(trial: Trial) -> Tried:
+    """Return what was trained, after loading it again; call it in a process that did not train it."""
+    tried = trial.run()
+    if tried.result.reason and tried.result.reason != "InvalidSpec":
+        tried.problems.append(f"it fails: {tried.result.message}")
+    compare_reloaded(tried, published=LOFTQ in trial.key)
     return tried
 
 
@@ -125,55 +189,49 @@ def _run(output: Path, job: dict[str, Any]) -> list[list[float]] | None:
     return trained[0] if trained else None
 
 
-def load_again(listed: Path) -> None:
-    """Run in a separate process: write the logits of each artifact, loaded by plain PEFT."""
-    request = json.loads(listed.read_text())
-    answers = {}
-    for key, (published, folder, quantized) in request.items():
-        if quantized:
-            base = base_model.load_model(Path(published), torch.device("cpu"), Quantization(), torch.float32)
-        else:
-            base = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
-        if (Path(folder) / ADAPTER_CONFIG).exists():
-            model: Any = PeftModel.from_pretrained(base, folder)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        answers[key] = [one.tolist() for one in last_logits(model, PROMPTS)]
-    listed.with_suffix(".answers").write_text(json.dumps(answers))
+def reloaded(tried: Tried, *, published: bool) -> list[torch.Tensor]:
+    """Return the logits of an artifact, loaded by plain PEFT; call it in a process that did not train it.
+
+    Args:
+        tried: what was trained.
+        published: load it on the published base, even if it was trained on a quantised one.
+    """
+    base: Any
+    if tried.quantized and not published:
+        base = base_model.load_model(tried.base, torch.device("cpu"), Quantization(), torch.float32)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(tried.base, dtype=torch.float32)
+    if (tried.artifact / ADAPTER_CONFIG).exists():
+        base = PeftModel.from_pretrained(base, tried.artifact)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(tried.artifact, dtype=torch.float32)
+    return last_logits(base, PROMPTS)
 
 
-def compare_reloaded(tried: dict[str, Tried], work: Path) -> None:
-    """Fill in the distance of the reloaded adapters from the trained ones."""
-    done = {key: one for key, one in tried.items() if one.result.reason is None}
-    listed = work / "reload.json"
-    # LoftQ's adapters belong to the published base, from which the trained one differs slightly.
-    artifacts = {
-        key: (str(one.base), str(one.artifact), one.quantized and LOFTQ not in key) for key, one in done.items()
-    }
-    listed.write_text(json.dumps(artifacts))
-    subprocess.run(
-        [sys.executable, "-m", "tests.trainer.verify_methods", "--reload", str(listed)], check=True, capture_output=True
-    )
-    for key, logits in json.loads(listed.with_suffix(".answers").read_text()).items():
-        one = done[key]
-        assert one.trained is not None
-        one.reload = max(
-            float((torch.tensor(left) - right).abs().max()) for left, right in zip(logits, one.trained, strict=True)
-        )
-        if LOFTQ not in key and not one.reload <= RELOAD_LIMIT:
-            one.problems.append(f"reloaded, its logits differ by {one.reload:.1e}")
+def compare_reloaded(tried: Tried, *, published: bool = False) -> None:
+    """Fill in the distance of the reloaded artifact from the trained one, which is a problem above the limit.
+
+    LoftQ's adapters belong to the published base, from which the trained one differs slightly.
+    """
+    if tried.result.reason is not None:
+        return
+    assert tried.trained is not None
+    again = reloaded(tried, published=published)
+    tried.reload = max(float((left - right).abs().max()) for left, right in zip(again, tried.trained, strict=True))
+    if not published and not tried.reload <= RELOAD_LIMIT:
+        tried.problems.append(f"reloaded, its logits differ by {tried.reload:.1e}")
 
 
 def engine_request(
-    tried: dict[str, Tried], base: Path, work: Path, modules: Iterable[str] = (), **arguments: Any
+    tried: dict[str, Tried], base: Path, answers: Path, modules: Mapping[str, Path] | None = None, **arguments: Any
 ) -> dict[str, Any]:
     """Return the request for `ask_engines` about the adapters that are reported as servable.
 
     Args:
         tried: what was trained on one base.
         base: folder of the base.
-        work: folder for the answers.
-        modules: names of modules of which to ask whether vLLM can adapt them.
+        answers: file for the answers.
+        modules: folders of adapters of the modules of one name, by name.
         arguments: further arguments of vLLM's `LLM`.
     """
     served = {
@@ -181,11 +239,10 @@ def engine_request(
         for key, one in tried.items()
         if one.result.artifact is not None and one.result.artifact.servable.vllm
     }
-    answers = work / "engine.answers"
     return {
         "base": str(base),
         "artifacts": served,
-        "modules": sorted(modules),
+        "modules": {name: str(folder) for name, folder in (modules or {}).items()},
         "answers": str(answers),
         "arguments": arguments,
     }
@@ -210,8 +267,8 @@ def _asks(request: dict[str, Any]) -> bool:
     return bool(request["artifacts"] or request["modules"])
 
 
-def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any], limit: float = PARITY_LIMIT) -> list[str] | None:
-    """Fill in the results of `ask_engines`; return the modules that vLLM cannot adapt; None if it does not run.
+def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any], limit: float = PARITY_LIMIT) -> dict[str, Any]:
+    """Fill in the results of `ask_engines`; return those about modules.
 
     Args:
         tried: what was trained.
@@ -219,8 +276,12 @@ def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any], limit: flo
         limit: greatest difference of log-probabilities that is not a problem.
     """
     if not _asks(request):
-        return None
+        return {}
     answers = json.loads(Path(request["answers"]).read_text())
+    if answers["failure"]:
+        for key in request["artifacts"]:
+            tried[key].no_engine = answers["failure"]
+            tried[key].problems.append(f"vLLM does not run: {answers['failure']}")
     for key, answer in answers["adapters"].items():
         one = tried[key]
         if "difference" not in answer:
@@ -230,8 +291,8 @@ def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any], limit: flo
         for what, found in (("", answer["difference"]), (" without the adapter", answer["base"])):
             if not found <= limit:
                 one.problems.append(f"vLLM's log-probabilities{what} differ by {found:.1e}")
-    unadapted: list[str] | None = answers["unadapted"]
-    return unadapted
+    modules: dict[str, Any] = answers["modules"]
+    return modules
 
 
 def figure(value: float | None) -> str:
@@ -340,38 +401,29 @@ def report(text: str, target: Path, tried: dict[str, Tried], *, only: bool) -> i
 def main() -> int:
     """Write the table; return 1 if a method does not match its verdict."""
     parser = parser_of(__doc__, "methods")
-    parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.reload:
-        load_again(arguments.reload)
-        return 0
     missing = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - PEFT_TYPES
     assert not missing, f"PEFT has methods without a case: {missing}"
-    tried: dict[str, Tried] = {}
     with tempfile.TemporaryDirectory() as name:
         work = arguments.work or Path(name)
         base = work / "base"
         if not base.exists():
             make(base, hidden=128)
-        for case in CASES:
-            if arguments.only and case.name not in arguments.only:
-                continue
+        trials = [
+            Trial(f"{case.name}/{kind}", method, merge, base, work / f"{case.name}/{kind}".replace(" ", "_"))
+            for case in CASES
             for kind, method, merge in (
                 ("float32", case.method, "Original"),
                 ("4-bit", case.quantized, "Dequantized"),
-            ):
-                if method is None:
-                    continue
-                key = f"{case.name}/{kind}"
-                tried[key] = try_case(method, base, work / key.replace(" ", "_"), merge)
-                outcome = tried[key].result.message if tried[key].result.reason else "trained"
-                write_line(f"{key}: {outcome}")
-                if tried[key].result.reason and tried[key].result.reason != "InvalidSpec":
-                    tried[key].problems.append(f"it fails: {tried[key].result.message}")
-        compare_reloaded(tried, work)
+            )
+            if method is not None and (not arguments.only or case.name in arguments.only)
+        ]
+        for trial, _ in zip(trials, in_processes(Trial.run, trials), strict=True):
+            write_line(f"{trial.key}: trained or refused")
+        tried = {one.key: found for one, found in zip(trials, in_processes(reload_trial, trials), strict=True)}
         if arguments.engine:
-            request = engine_request(tried, base, work)
+            request = engine_request(tried, base, work / "engine.answers")
             ask_engines([request], arguments.engine, work)
             fill_in_answers(tried, request)
     return report(document(tried), DOCUMENT, tried, only=bool(arguments.only))

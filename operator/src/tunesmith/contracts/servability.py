@@ -187,7 +187,7 @@ def split_tensor_name(name: str) -> tuple[str, Literal["A", "B"]]:
 
 
 def check_modules(architecture: str, adapted: Iterable[str], linear: Iterable[str] | None = None) -> None:
-    """Check that vLLM applies the adapter to each module; for some it refuses the adapter, others it ignores.
+    """Check that vLLM applies the adapter to each module as PEFT does.
 
     Args:
         architecture: first of `architectures` of the base model's config.json.
@@ -197,7 +197,7 @@ def check_modules(architecture: str, adapted: Iterable[str], linear: Iterable[st
     Raises:
         UnservableError: vLLM would not apply the adapter to a module.
     """
-    unadapted = UNADAPTED.get(architecture, frozenset()) | _MISAPPLIED.get(architecture, frozenset())
+    unadapted = UNADAPTED.get(architecture, frozenset())
     without = sorted({_last_part(name) for name in adapted if of_any_layer(name) in unadapted})
     if not without:
         return
@@ -209,20 +209,6 @@ def check_modules(architecture: str, adapted: Iterable[str], linear: Iterable[st
         f"{fewer if others or linear is None else ''}{MERGED}",
         ("target_modules",),
     )
-
-
-_ABSORBED = frozenset({"model.layers.self_attn.kv_b_proj"})
-_REORDERED = frozenset({"model.layers.self_attn.q_proj", "model.layers.self_attn.k_proj"})
-_MISAPPLIED = {
-    "DeepseekV2ForCausalLM": _ABSORBED,
-    "DeepseekV3ForCausalLM": _ABSORBED,
-    "Llama4ForCausalLM": _REORDERED,
-}
-"""Modules of which vLLM accepts adapters and computes other answers than PEFT, by architecture, like UNADAPTED.
-
-It multiplies the weights of latent attention's `kv_b_proj` into others when it loads the base, and reorders the rows of
-Llama 4's `q_proj` and `k_proj`, but not those of adapters. The parity in docs/architectures.md reveals such modules.
-"""
 
 
 def _last_part(name: str) -> str:

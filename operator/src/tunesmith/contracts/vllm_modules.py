@@ -8,9 +8,25 @@ UNADAPTED: dict[str, frozenset[str]] = {
             "transformer.h.attn.c_attn",
         }
     ),
+    "DeepseekV2ForCausalLM": frozenset(
+        {
+            "model.layers.self_attn.kv_b_proj",
+        }
+    ),
+    "DeepseekV3ForCausalLM": frozenset(
+        {
+            "model.layers.self_attn.kv_b_proj",
+        }
+    ),
     "Glm4ForCausalLM": frozenset(
         {
             "model.layers.mlp.gate_up_proj",
+        }
+    ),
+    "Llama4ForCausalLM": frozenset(
+        {
+            "model.layers.self_attn.k_proj",
+            "model.layers.self_attn.q_proj",
         }
     ),
     "Qwen2MoeForCausalLM": frozenset(
@@ -29,4 +45,8 @@ UNADAPTED: dict[str, frozenset[str]] = {
         }
     ),
 }
-"""Full names, without the numbers of layers, of modules whose adapters vLLM refuses or ignores, by architecture."""
+"""Full names, without the numbers of layers, of modules of which vLLM does not compute adapters as PEFT does.
+
+It refuses some, ignores others, and computes other answers with those of weights that it multiplies into others or
+reorders when it loads the base. By architecture.
+"""

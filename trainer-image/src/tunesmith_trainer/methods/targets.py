@@ -16,6 +16,7 @@ from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTE
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 STATE_SPACE_MIXERS = frozenset({"mamba", "falcon_mamba", "jamba"})
 """Architectures whose mixers multiply with the weights of `dt_proj` themselves, past an adapter or 4 bits."""
 _STEP_PROJECTION = "dt_proj"
+_INDEXER = "Indexer"
+"""Part of the names of classes that choose the positions of sparse attention; the choice has no gradient."""
 _STACKED_DIMENSIONS = 3
 """Dimensions of a parameter that stacks the weights of all experts of a layer."""
 
@@ -54,6 +57,7 @@ class Modules:
         config: the base model's configuration.
         stored: quantisation in which the weights are stored; None: they are not quantised.
         alone: True if it is the language model of a base model whose other parts transformers leaves out.
+        indexers: full names of the linear modules that choose the positions of sparse attention.
     """
 
     linear: dict[str, tuple[int, int]]
@@ -67,6 +71,7 @@ class Modules:
     config: PretrainedConfig
     stored: StoredQuantization | None = None
     alone: bool = False
+    indexers: frozenset[str] = frozenset()
 
     @property
     def layer_weights(self) -> int:
@@ -112,6 +117,7 @@ def modules_of(config: PretrainedConfig, stored: StoredQuantization | None = Non
     linear, others, output_name = {}, set(), None
     experts: dict[str, int] = {}
     sizes, transposed = {}, False
+    indexers = tuple(f"{name}." for name, module in model.named_modules() if _INDEXER in type(module).__name__)
     for name, module in model.named_modules():
         sizes[name] = sum(parameter.numel() for parameter in module.parameters())
         of_language = name == language or name.startswith(language)
@@ -125,7 +131,8 @@ def modules_of(config: PretrainedConfig, stored: StoredQuantization | None = Non
             others.add(name)
         if of_language and not isinstance(module, torch.nn.Conv1d):
             own = module.named_parameters(prefix=name, recurse=False)
-            experts |= {full: parameter.numel() for full, parameter in own if parameter.ndim == _STACKED_DIMENSIONS}
+            stacked = _dimensions_of_experts(module)
+            experts |= {full: parameter.numel() for full, parameter in own if parameter.ndim in stacked}
     return Modules(
         linear=linear,
         others=frozenset(others),
@@ -138,6 +145,7 @@ def modules_of(config: PretrainedConfig, stored: StoredQuantization | None = Non
         config=config,
         stored=stored,
         alone=type(model.config) is not type(config),
+        indexers=frozenset(name for name in linear if name.startswith(indexers)),
     )
 
 
@@ -147,6 +155,14 @@ def _language_model(model: PreTrainedModel) -> str:
         return ""
     decoder = model.get_decoder()
     return next(f"{name}." for name, module in model.named_modules() if module is decoder)
+
+
+def _dimensions_of_experts(module: nn.Module) -> tuple[int, ...]:
+    """Return the numbers of dimensions of the parameters of a module that stack the weights of experts.
+
+    DBRX stacks them in two.
+    """
+    return (2, _STACKED_DIMENSIONS) if isinstance(module, DbrxExpertGLU) else (_STACKED_DIMENSIONS,)
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -166,11 +182,14 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
 def adaptable(modules: Modules, peft_type: str) -> dict[str, tuple[int, int]]:
     """Return the linear modules that can get an adapter of a type, by full name, with their (in, out) features.
 
-    Layers of state-space models compute past some of their modules, to which an adapter would do nothing.
+    Layers of state-space models compute past some of their modules, to which an adapter would do nothing; indexers of
+    sparse attention get no gradient.
     """
     names = {_last(full) for full in modules.linear} - expert_names(modules, peft_type)
     usable = {name for name in names if not _bypassed(name, modules, peft_type)}
-    return {full: shape for full, shape in modules.linear.items() if _last(full) in usable}
+    return {
+        full: shape for full, shape in modules.linear.items() if _last(full) in usable and full not in modules.indexers
+    }
 
 
 def expert_names(modules: Modules, peft_type: str) -> frozenset[str]:
@@ -227,34 +246,44 @@ def resolve_targets(names: Sequence[str], modules: Modules, peft_type: str) -> l
             )
         return module_names(usable, modules)
     for name in names:
-        if modules.output is not None and matches_name(modules.output, name):
-            raise InvalidSpecError(
-                f"method targetModules: {name} is the output layer, which cannot get an adapter; remove it, or train "
-                f"it whole with modulesToSave: [{name}]"
-            )
-        if _last(name) in expert_names(modules, peft_type):
-            raise InvalidSpecError(
-                f"method targetModules: PEFT reads {name} as the experts of a {modules.architecture}, which are no "
-                f"linear modules: name them with targetParameters: [{', '.join(_expert_parameters(modules))}], or "
-                f"choose among {', '.join(sorted({_last(full) for full in usable}))}"
-            )
-        if any(matches_name(full, name) for full in usable):
-            continue
-        if any(matches_name(full, name) for full in modules.linear):
-            raise InvalidSpecError(
-                f"method targetModules: {name} cannot get an adapter, because the layers of a "
-                f"{modules.architecture} bypass it: remove it"
-            )
-        if any(matches_name(full, name) for full in modules.others):
-            raise InvalidSpecError(
-                f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter: "
-                "remove it"
-            )
-        raise InvalidSpecError(_unknown("targetModules", name, modules.linear))
+        _check_target(name, modules, usable, peft_type)
     if all(full in usable for full in modules.sizes if any(matches_name(full, name) for name in names)):
         return sorted(set(names))
     # Some also mean modules outside the language model.
     return module_names([full for full in usable if any(matches_name(full, name) for name in names)], modules)
+
+
+def _check_target(name: str, modules: Modules, usable: Mapping[str, tuple[int, int]], peft_type: str) -> None:
+    """Raise InvalidSpecError if a name matches no module that can get an adapter."""
+    if modules.output is not None and matches_name(modules.output, name):
+        raise InvalidSpecError(
+            f"method targetModules: {name} is the output layer, which cannot get an adapter; remove it, or train "
+            f"it whole with modulesToSave: [{name}]"
+        )
+    if _last(name) in expert_names(modules, peft_type):
+        raise InvalidSpecError(
+            f"method targetModules: PEFT reads {name} as the experts of a {modules.architecture}, which are no "
+            f"linear modules: name them with targetParameters: [{', '.join(_expert_parameters(modules))}], or "
+            f"choose among {', '.join(sorted({_last(full) for full in usable}))}"
+        )
+    if any(matches_name(full, name) for full in usable):
+        return
+    if any(matches_name(full, name) for full in modules.indexers):
+        raise InvalidSpecError(
+            f"method targetModules: {name} is part of the indexer of a {modules.architecture}, which chooses "
+            "positions and gets no gradient: remove it"
+        )
+    if any(matches_name(full, name) for full in modules.linear):
+        raise InvalidSpecError(
+            f"method targetModules: {name} cannot get an adapter, because the layers of a "
+            f"{modules.architecture} bypass it: remove it"
+        )
+    if any(matches_name(full, name) for full in modules.others):
+        raise InvalidSpecError(
+            f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter: "
+            "remove it"
+        )
+    raise InvalidSpecError(_unknown("targetModules", name, modules.linear))
 
 
 def resolve_parameters(names: Sequence[str], modules: Modules) -> list[str]:
