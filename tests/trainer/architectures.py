@@ -232,7 +232,7 @@ FAMILIES = [
     ),
     Family("GPT-NeoX", "gpt_neox", _ONE_HEAD_EACH, ("query_key_value",)),
     Family("GPT-BigCode", "gpt_bigcode", _GPT, ("c_fc", "c_proj")),
-    Family("CodeGen", "codegen", _GPT | {"rotary_dim": 8, "n_ctx": 512}, ("qkv_proj",)),
+    Family("CodeGen", "codegen", _GPT | {"n_head": 4, "rotary_dim": 8, "n_ctx": 512}, ("qkv_proj",)),
     Family(
         "Falcon",
         "falcon",
@@ -593,7 +593,7 @@ LEFT_OUT = {
 
 def make(family: Family, folder: Path) -> Path:
     """Create a tiny random model of a family with the tokenizer of the tests; return its folder."""
-    if (folder / "config.json").exists():
+    if (folder / "model.safetensors").exists():
         return folder
     tokenizer = make_llama(folder.with_name("tokenizer"))
     torch.manual_seed(0)
@@ -602,8 +602,8 @@ def make(family: Family, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tokenizer / file, folder / file)
-    model.save_pretrained(folder)
     if family.model_type == "gemma3":
         side = family.settings["vision_config"]["image_size"]
         Gemma3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder

@@ -16,7 +16,7 @@ import tempfile
 import textwrap
 import time
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,15 @@ from tests.trainer.verify_methods import (
 from tunesmith.api.methods.lora import LORA
 from tunesmith.contracts import vllm_modules
 from tunesmith.contracts.safetensors import LENGTH_BYTES
-from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_RANK, of_any_layer
-from tunesmith.contracts.vllm_architectures import VLLM, WITH_ADAPTERS
+from tunesmith.contracts.servability import (
+    ABSORBED,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MAX_RANK,
+    is_unadapted,
+    of_any_layer,
+)
+from tunesmith.contracts.vllm_architectures import LATENT_ATTENTION, VLLM, WITH_ADAPTERS
 from tunesmith.contracts.vllm_modules import UNADAPTED
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError, check_config, check_header, check_length, weight_bounds
@@ -125,7 +132,8 @@ def write_modules(base: Path, names: Iterable[str], folder: Path) -> dict[str, P
     for name in names:
         groups.setdefault(of_any_layer(name), []).append(name)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tokens = torch.randint(3, VOCABULARY, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(1))
+    # The first ones are special.
+    tokens = torch.randint(10, VOCABULARY, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(1))
     without = _log_probabilities(model, tokens)
     folders = {}
     for group, members in sorted(groups.items()):
@@ -292,11 +300,13 @@ class Run:
     Args:
         family: the family.
         work: folder of all families.
+        sources: digest of the programs that determine the results.
         columns: columns to measure; empty: all.
     """
 
     family: Family
     work: Path
+    sources: str
     columns: tuple[str, ...] = ()
 
     @cached_property
@@ -305,7 +315,7 @@ class Run:
         class_name = modules_of(self.family.config).class_name
         unadapted = sorted(UNADAPTED.get(class_name, ()))
         family = replace(self.family, unmeasured="")
-        depends = repr((family, methods_of(self.family), _RATE, unadapted, _sources()))
+        depends = repr((family, methods_of(self.family), _RATE, unadapted, self.sources))
         return self.work / self.family.model_type / hashlib.sha256(depends.encode()).hexdigest()[:16]
 
     def trials(self) -> dict[str, Trial]:
@@ -357,7 +367,6 @@ class Run:
         return Checked({trials[column].key: one for column, one in tried.items()}, request, modules.class_name)
 
 
-@cache
 def _sources() -> str:
     """Return a digest of the programs that determine the results."""
     digest = hashlib.sha256()
@@ -386,20 +395,25 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         work = arguments.work or Path(name)
-        runs = [Run(family, work, tuple(arguments.columns or ())) for family in families]
+        runs = [Run(family, work, _sources(), tuple(arguments.columns or ())) for family in families]
         for run, seconds in zip(runs, in_processes(Run.train, runs), strict=True):
             write_line(f"{run.family.name}: trained in {seconds:.0f} CPU seconds")
-        checked = dict(zip(families, in_processes(Run.check, runs), strict=True))
+        checked = {}
+        for run, each in zip(runs, in_processes(Run.check, runs), strict=True):
+            checked[run.family.name] = each
+            problems = [problem for one in each.tried.values() for problem in one.problems]
+            write_line(f"{run.family.name}: {'; '.join(problems) or 'as PEFT'}")
         tried = {key: one for each in checked.values() for key, one in each.tried.items()}
         write_line(f"checked after {time.monotonic() - started:.0f} seconds")
         if arguments.engine:
             requests = [each.request for each in checked.values() if each.request]
             ask_engines(requests, arguments.engine, work)
-            found = {}
-            for family, each in checked.items():
+            found: dict[str, frozenset[str]] = {}
+            for family, each in zip(families, checked.values(), strict=True):
                 if each.request and (answers := fill_in_answers(tried, each.request, limit_of(family))):
-                    found[each.class_name] = unapplied(answers)
-                    check_known(each, found[each.class_name])
+                    own = unapplied(answers)
+                    check_known(each, set(answers), own)
+                    found[each.class_name] = found.get(each.class_name, frozenset()) | own
             write_unadapted(found)
         write_line(f"{len(families)} families took {time.monotonic() - started:.0f} seconds")
     return report(document(tried, families), DOCUMENT, tried, only=bool(arguments.only))
@@ -414,11 +428,13 @@ def unapplied(answers: dict[str, Any]) -> frozenset[str]:
     )
 
 
-def check_known(checked: Checked, found: frozenset[str]) -> None:
+def check_known(checked: Checked, asked: set[str], found: frozenset[str]) -> None:
     """Note that validation does not know yet to which modules vLLM applies adapters."""
-    if found != UNADAPTED.get(checked.class_name, frozenset()):
+    known = {name for name in asked if is_unadapted(checked.class_name, name)}
+    if found != known:
+        wrong = ", ".join(sorted(found ^ known))
         first = next(iter(checked.tried.values()))
-        first.problems.append(f"{UNADAPTED_MODULE.name} has changed: run the command again, to apply it")
+        first.problems.append(f"{UNADAPTED_MODULE.name} was wrong about {wrong}: run the command again, to apply it")
 
 
 def limit_of(family: Family) -> float:
@@ -433,6 +449,7 @@ def write_unadapted(found: dict[str, frozenset[str]]) -> None:
     entries = {name: UNADAPTED[name] for name in UNADAPTED if name not in found} | found
     lines = ["UNADAPTED: dict[str, frozenset[str]] = {"]
     for name, modules in sorted(entries.items()):
+        modules -= {module for module in modules if name in LATENT_ATTENTION and module.endswith(f".{ABSORBED}")}
         if modules:
             lines += [f'    "{name}": frozenset(', "        {"]
             lines += [f'            "{module}",' for module in sorted(modules)]

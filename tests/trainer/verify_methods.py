@@ -38,6 +38,7 @@ from tests.trainer.trainer_rig import chat_rows, job_manifest, write_rows
 from tunesmith.api.methods.fields import Quantization
 from tunesmith.contracts.result import TrainerResult
 from tunesmith.contracts.servability import ADAPTER_CONFIG
+from tunesmith_trainer import stages  # noqa: F401 - which the trainer's command imports late: once for all processes
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.main import run
@@ -251,7 +252,7 @@ def engine_request(
 def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path) -> None:
     """Have a real vLLM answer the requests that have no answers yet."""
     listed = work / "engine.json"
-    listed.write_text(json.dumps([one for one in requests if _asks(one) and not Path(one["answers"]).exists()]))
+    listed.write_text(json.dumps([one for one in requests if _asks(one) and not _answered(one)]))
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -261,6 +262,11 @@ def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path) -> Non
     }
     probe = Path(__file__).with_name("engine_probe.py")
     subprocess.run([engine / "bin/python", probe, listed], check=True, env=environment)
+
+
+def _answered(request: dict[str, Any]) -> bool:
+    answers = Path(request["answers"])
+    return answers.exists() and json.loads(answers.read_text())["failure"] is None
 
 
 def _asks(request: dict[str, Any]) -> bool:

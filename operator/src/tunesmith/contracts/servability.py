@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from tunesmith.api.method import SERVED_TYPES
 from tunesmith.api.methods.lora import INITIALIZATIONS, Initialization
 from tunesmith.contracts.strict_json import parse_object
-from tunesmith.contracts.vllm_architectures import VLLM
+from tunesmith.contracts.vllm_architectures import LATENT_ATTENTION, VLLM
 from tunesmith.contracts.vllm_modules import UNADAPTED
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ TENSOR_SUFFIXES: dict[str, Literal["A", "B"]] = {
 """Suffixes of tensors' names, after the module's name, with the matrix that each denotes."""
 MERGED = "merge the adapter (output.merge) and serve the result as a model of its own"
 """What to do with an adapter that vLLM cannot serve."""
+ABSORBED = "kv_b_proj"
+"""Module of latent attention whose weights vLLM multiplies into others when it loads the base, past an adapter."""
 MAX_RANK = 512
 """Highest rank that vLLM supports (--max-lora-rank)."""
 MAX_CONFIG_BYTES = 256 * 1024
@@ -197,18 +199,29 @@ def check_modules(architecture: str, adapted: Iterable[str], linear: Iterable[st
     Raises:
         UnservableError: vLLM would not apply the adapter to a module.
     """
-    unadapted = UNADAPTED.get(architecture, frozenset())
-    without = sorted({_last_part(name) for name in adapted if of_any_layer(name) in unadapted})
+    without = sorted({_last_part(name) for name in adapted if is_unadapted(architecture, name)})
     if not without:
         return
-    others = sorted({_last_part(name) for name in linear or () if of_any_layer(name) not in unadapted} - set(without))
-    named = f" (targetModules: [{', '.join(others)}])" if others else ""
+    others = {_last_part(name) for name in linear or () if not is_unadapted(architecture, name)} - set(without)
+    named = f" (targetModules: [{', '.join(sorted(others))}])" if others else ""
     fewer = f"train without {'it' if len(without) == 1 else 'them'}{named}, or "
     raise UnservableError(
         f"vLLM {VLLM} does not apply adapters to {', '.join(without)} of a {architecture}: "
         f"{fewer if others or linear is None else ''}{MERGED}",
         ("target_modules",),
     )
+
+
+def is_unadapted(architecture: str, module: str) -> bool:
+    """Return True if vLLM does not apply the adapter of a module, or not as PEFT does.
+
+    Args:
+        architecture: first of `architectures` of the base model's config.json.
+        module: full name of the module.
+    """
+    if _last_part(module) == ABSORBED and architecture in LATENT_ATTENTION:
+        return True
+    return of_any_layer(module) in UNADAPTED.get(architecture, frozenset())
 
 
 def _last_part(name: str) -> str:

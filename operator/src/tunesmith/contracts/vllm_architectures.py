@@ -403,3 +403,28 @@ WITHOUT_ADAPTERS = frozenset(
     }
 )
 """Architectures that vLLM serves, but not with LoRA adapters."""
+LATENT_ATTENTION = frozenset(
+    {
+        "AXK1ForCausalLM",
+        "DeepseekForCausalLM",
+        "DeepseekV2ForCausalLM",
+        "DeepseekV32ForCausalLM",
+        "DeepseekV3BidirectionalModel",
+        "DeepseekV3ForCausalLM",
+        "Eagle3DeepseekV2ForCausalLM",
+        "Eagle3DeepseekV3ForCausalLM",
+        "EagleDeepSeekMTPModel",
+        "Glm4MoeLiteForCausalLM",
+        "Glm5NextForConditionalGeneration",
+        "GlmMoeDsaForCausalLM",
+        "HYV4ForCausalLM",
+        "LongcatFlashForCausalLM",
+        "LongcatFlashNgramForCausalLM",
+        "MistralLarge3ForCausalLM",
+        "PanguEmbeddedForCausalLM",
+        "PanguProMoEV2ForCausalLM",
+        "PanguUltraMoEForCausalLM",
+        "SarvamMLAForCausalLM",
+    }
+)
+"""Those with adapters that compute latent attention, past `kv_b_proj`."""

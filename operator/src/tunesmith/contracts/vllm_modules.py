@@ -8,16 +8,6 @@ UNADAPTED: dict[str, frozenset[str]] = {
             "transformer.h.attn.c_attn",
         }
     ),
-    "DeepseekV2ForCausalLM": frozenset(
-        {
-            "model.layers.self_attn.kv_b_proj",
-        }
-    ),
-    "DeepseekV3ForCausalLM": frozenset(
-        {
-            "model.layers.self_attn.kv_b_proj",
-        }
-    ),
     "Glm4ForCausalLM": frozenset(
         {
             "model.layers.mlp.gate_up_proj",
@@ -47,6 +37,6 @@ UNADAPTED: dict[str, frozenset[str]] = {
 }
 """Full names, without the numbers of layers, of modules of which vLLM does not compute adapters as PEFT does.
 
-It refuses some, ignores others, and computes other answers with those of weights that it multiplies into others or
-reorders when it loads the base. By architecture.
+It refuses some, ignores others, and computes other answers with those of weights that it reorders when it loads the
+base. By architecture; besides `kv_b_proj` of those in `vllm_architectures.LATENT_ATTENTION`.
 """
