@@ -28,8 +28,6 @@ from vllm.model_executor.models import registry
 
 PREPARED = ("vllm.v1.engine.llm_engine", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "vllm.lora.punica_wrapper")
 """Modules that every engine imports."""
-AT_ONCE = 2
-"""Number of engines that run at the same time."""
 SECONDS = 300
 """Time limit of an engine."""
 
@@ -135,15 +133,15 @@ def probe(request: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def main(listed: Path) -> None:
+def main(listed: Path, at_once: int) -> None:
     """Start an engine for each request; see the module's docstring."""
     for name in PREPARED:
         import_module(name)
-    with ThreadPoolExecutor(AT_ONCE) as engines:
+    with ThreadPoolExecutor(at_once) as engines:
         for request, _ in zip(requests := json.loads(listed.read_text()), engines.map(probe, requests), strict=True):
             sys.stdout.write(f"{request['base']}: vLLM answered\n")
             sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -396,10 +396,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         work = arguments.work or Path(name)
         runs = [Run(family, work, _sources(), tuple(arguments.columns or ())) for family in families]
-        for run, seconds in zip(runs, in_processes(Run.train, runs), strict=True):
+        for run, seconds in zip(runs, in_processes(Run.train, runs, arguments.processes), strict=True):
             write_line(f"{run.family.name}: trained in {seconds:.0f} CPU seconds")
         checked = {}
-        for run, each in zip(runs, in_processes(Run.check, runs), strict=True):
+        for run, each in zip(runs, in_processes(Run.check, runs, arguments.processes), strict=True):
             checked[run.family.name] = each
             problems = [problem for one in each.tried.values() for problem in one.problems]
             write_line(f"{run.family.name}: {'; '.join(problems) or 'as PEFT'}")
@@ -407,7 +407,7 @@ def main() -> int:
         write_line(f"checked after {time.monotonic() - started:.0f} seconds")
         if arguments.engine:
             requests = [each.request for each in checked.values() if each.request]
-            ask_engines(requests, arguments.engine, work)
+            ask_engines(requests, arguments.engine, work, arguments.processes)
             found: dict[str, frozenset[str]] = {}
             for family, each in zip(families, checked.values(), strict=True):
                 if each.request and (answers := fill_in_answers(tried, each.request, limit_of(family))):

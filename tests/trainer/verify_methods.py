@@ -51,7 +51,6 @@ PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
 RELOAD_LIMIT, PARITY_LIMIT = 2e-5, 1e-4
 """Limits of the largest difference of logits, and of log-probabilities returned by vLLM."""
 DOCUMENT = Path(__file__).parents[2] / "docs/methods.md"
-_PROCESSES = 2
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -117,10 +116,15 @@ class Trial:
         return tried
 
 
-def in_processes(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
-    """Yield a function's result for each item, from processes of their own, two at a time.
+def in_processes(function: Callable[[T], R], items: list[T], at_once: int) -> Iterator[R]:
+    """Yield a function's result for each item, from processes of their own.
 
     They are forks, which need not import anything again.
+
+    Args:
+        function: function of one item.
+        items: items, each of which gets a process.
+        at_once: number of processes that run at the same time.
 
     Raises:
         ChildProcessError: a process failed; its output has the reason.
@@ -140,7 +144,7 @@ def in_processes(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
         finally:
             process.join()
 
-    with ThreadPoolExecutor(_PROCESSES) as threads:
+    with ThreadPoolExecutor(at_once) as threads:
         yield from threads.map(apart, items)
 
 
@@ -249,7 +253,7 @@ def engine_request(
     }
 
 
-def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path) -> None:
+def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path, at_once: int = 1) -> None:
     """Have a real vLLM answer the requests that have no answers yet."""
     listed = work / "engine.json"
     listed.write_text(json.dumps([one for one in requests if _asks(one) and not _answered(one)]))
@@ -261,7 +265,7 @@ def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path) -> Non
         "OMP_NUM_THREADS": "1",
     }
     probe = Path(__file__).with_name("engine_probe.py")
-    subprocess.run([engine / "bin/python", probe, listed], check=True, env=environment)
+    subprocess.run([engine / "bin/python", probe, listed, str(at_once)], check=True, env=environment)
 
 
 def _answered(request: dict[str, Any]) -> bool:
@@ -389,6 +393,7 @@ def parser_of(description: str | None, what: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", type=Path, help="environment with vLLM")
     parser.add_argument("--only", nargs="*", help=f"names of {what}; the document is printed, not written")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes at once (default: cores)")
     parser.add_argument("--work", type=Path, help="folder that is kept: what was trained there is not trained again")
     return parser
 
@@ -425,9 +430,12 @@ def main() -> int:
             )
             if method is not None and (not arguments.only or case.name in arguments.only)
         ]
-        for trial, _ in zip(trials, in_processes(Trial.run, trials), strict=True):
+        for trial, _ in zip(trials, in_processes(Trial.run, trials, arguments.processes), strict=True):
             write_line(f"{trial.key}: trained or refused")
-        tried = {one.key: found for one, found in zip(trials, in_processes(reload_trial, trials), strict=True)}
+        tried = {
+            one.key: found
+            for one, found in zip(trials, in_processes(reload_trial, trials, arguments.processes), strict=True)
+        }
         if arguments.engine:
             request = engine_request(tried, base, work / "engine.answers")
             ask_engines([request], arguments.engine, work)

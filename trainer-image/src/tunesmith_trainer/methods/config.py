@@ -107,7 +107,7 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
 
 def _check_quantizable(modules: Modules) -> None:
     """Raise InvalidSpecError if bitsandbytes would leave most of the layers' weights as they are."""
-    if modules.architecture in STATE_SPACE_MIXERS | _CLAMPED:
+    if modules.architecture in STATE_SPACE_MIXERS | _CLAMPED or modules.grouped:
         raise InvalidSpecError(
             f"method: the layers of a {modules.architecture} compute with the weights of linear modules themselves, "
             "which 4 bits do not allow: use method.lora"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 STATE_SPACE_MIXERS = frozenset({"mamba", "falcon_mamba", "jamba"})
 """Architectures whose mixers multiply with the weights of `dt_proj` themselves, past an adapter or 4 bits."""
 _STEP_PROJECTION = "dt_proj"
+OWN_EXPERTS = frozenset({"dbrx"})
+"""Architectures whose layers multiply with the weights of experts themselves, past an adapter."""
 _INDEXER = "Indexer"
 """Part of the names of classes that choose the positions of sparse attention; the choice has no gradient."""
 _STACKED_DIMENSIONS = 3
@@ -58,6 +60,7 @@ class Modules:
         stored: quantisation in which the weights are stored; None: they are not quantised.
         alone: True if it is the language model of a base model whose other parts transformers leaves out.
         indexers: full names of the linear modules that choose the positions of sparse attention.
+        grouped: full names of the linear modules that compute each group of outputs from a group of inputs.
     """
 
     linear: dict[str, tuple[int, int]]
@@ -72,6 +75,7 @@ class Modules:
     stored: StoredQuantization | None = None
     alone: bool = False
     indexers: frozenset[str] = frozenset()
+    grouped: frozenset[str] = frozenset()
 
     @property
     def layer_weights(self) -> int:
@@ -146,6 +150,7 @@ def modules_of(config: PretrainedConfig, stored: StoredQuantization | None = Non
         stored=stored,
         alone=type(model.config) is not type(config),
         indexers=frozenset(name for name in linear if name.startswith(indexers)),
+        grouped=frozenset(name for name in linear if _is_grouped(model.get_submodule(name))),
     )
 
 
@@ -163,6 +168,18 @@ def _dimensions_of_experts(module: nn.Module) -> tuple[int, ...]:
     DBRX stacks them in two.
     """
     return (2, _STACKED_DIMENSIONS) if isinstance(module, DbrxExpertGLU) else (_STACKED_DIMENSIONS,)
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    """Return True if a linear module on the meta device is not one product of its input and its weights."""
+    if not isinstance(module, torch.nn.Linear) or type(module).forward is torch.nn.Linear.forward:
+        return False
+    shape = (5, 7)
+    try:
+        product = module(torch.empty(*shape, module.in_features, dtype=module.weight.dtype, device="meta"))
+    except RuntimeError:
+        return True
+    return tuple(product.shape) != (*shape, module.out_features)
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -183,13 +200,12 @@ def adaptable(modules: Modules, peft_type: str) -> dict[str, tuple[int, int]]:
     """Return the linear modules that can get an adapter of a type, by full name, with their (in, out) features.
 
     Layers of state-space models compute past some of their modules, to which an adapter would do nothing; indexers of
-    sparse attention get no gradient.
+    sparse attention get no gradient; an adapter is one product, a grouped module is not.
     """
     names = {_last(full) for full in modules.linear} - expert_names(modules, peft_type)
     usable = {name for name in names if not _bypassed(name, modules, peft_type)}
-    return {
-        full: shape for full, shape in modules.linear.items() if _last(full) in usable and full not in modules.indexers
-    }
+    without = modules.indexers | modules.grouped
+    return {full: shape for full, shape in modules.linear.items() if _last(full) in usable and full not in without}
 
 
 def expert_names(modules: Modules, peft_type: str) -> frozenset[str]:
@@ -273,6 +289,11 @@ def _check_target(name: str, modules: Modules, usable: Mapping[str, tuple[int, i
             f"method targetModules: {name} is part of the indexer of a {modules.architecture}, which chooses "
             "positions and gets no gradient: remove it"
         )
+    if any(matches_name(full, name) for full in modules.grouped):
+        raise InvalidSpecError(
+            f"method targetModules: {name} of a {modules.architecture} computes groups of outputs from groups of "
+            "inputs, to which no adapter can be added: remove it"
+        )
     if any(matches_name(full, name) for full in modules.linear):
         raise InvalidSpecError(
             f"method targetModules: {name} cannot get an adapter, because the layers of a "
@@ -290,8 +311,13 @@ def resolve_parameters(names: Sequence[str], modules: Modules) -> list[str]:
     """Return the names for PEFT's `target_parameters`.
 
     Raises:
-        InvalidSpecError: a name matches no weight of experts.
+        InvalidSpecError: a name matches no weight of experts, or one that cannot get an adapter.
     """
+    if names and modules.architecture in OWN_EXPERTS:
+        raise InvalidSpecError(
+            f"method targetParameters: the layers of a {modules.architecture} compute with the weights of experts "
+            "themselves, past an adapter: remove targetParameters, or use method.full"
+        )
     for name in names:
         if not any(matches_name(full, name) for full in modules.expert_weights):
             known = _expert_parameters(modules)
