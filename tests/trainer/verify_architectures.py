@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 import sys
 import tempfile
@@ -18,12 +19,13 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.trainer import agent_package  # noqa: F401 - before the agent's modules
 from tests.trainer.architectures import FAMILIES, LEFT_OUT, VOCABULARY, Family, make
@@ -312,11 +314,17 @@ class Run:
     @cached_property
     def folder(self) -> Path:
         """Folder of the family's results, which are kept until something that they depend on changes."""
-        class_name = modules_of(self.family.config).class_name
+        class_name = self.family.whole or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.family.model_type]
         unadapted = sorted(UNADAPTED.get(class_name, ()))
         family = replace(self.family, unmeasured="")
         depends = repr((family, methods_of(self.family), _RATE, unadapted, self.sources))
         return self.work / self.family.model_type / hashlib.sha256(depends.encode()).hexdigest()[:16]
+
+    @property
+    def trained(self) -> bool:
+        """True if every column is trained, or refused."""
+        columns = [name for name in methods_of(self.family) if not self.columns or name in self.columns]
+        return all(any(self.folder.glob(f"{name}/*/trained.json")) for name in columns)
 
     def trials(self) -> dict[str, Trial]:
         """Return the trial of each column."""
@@ -342,7 +350,14 @@ class Run:
         return time.process_time() - started
 
     def check(self) -> Checked:
-        """Compare what was trained with PEFT, in a process that did not train it."""
+        """Compare what was trained with PEFT, in a process that did not train it, if that was not done yet."""
+        depends = Path(__file__).read_bytes() + repr(self.columns).encode()
+        kept = self.folder / f"checked-{hashlib.sha256(depends).hexdigest()[:16]}.pickle"
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(self._compare()))
+        return cast("Checked", pickle.loads(kept.read_bytes()))  # noqa: S301 - own file
+
+    def _compare(self) -> Checked:
         modules = modules_of(self.family.config)
         trials = self.trials()
         tried = {column: trial.run() for column, trial in trials.items()}
@@ -396,7 +411,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         work = arguments.work or Path(name)
         runs = [Run(family, work, _sources(), tuple(arguments.columns or ())) for family in families]
-        for run, seconds in zip(runs, in_processes(Run.train, runs, arguments.processes), strict=True):
+        left = [run for run in runs if not run.trained]
+        for run, seconds in zip(left, in_processes(Run.train, left, arguments.processes), strict=True):
             write_line(f"{run.family.name}: trained in {seconds:.0f} CPU seconds")
         checked = {}
         for run, each in zip(runs, in_processes(Run.check, runs, arguments.processes), strict=True):

@@ -70,7 +70,7 @@ def merge(
     # Merge in float32 and round once, when saving.
     merged: Any = PeftModel.from_pretrained(loaded.float(), str(artifact)).merge_and_unload(safe_merge=True)
     _store_as_published(merged, config)
-    merged.config.get_text_config().use_cache = config.get_text_config().use_cache
+    merged.config.get_text_config().use_cache = getattr(config.get_text_config(), "use_cache", True)
     merged.to(serving_type(config)).save_pretrained(str(target))
     for file in base_model.tokenizer_files(artifact):
         (target / file.name).write_bytes(file.read_bytes())

@@ -17,7 +17,7 @@ from tunesmith_trainer.methods import generic, servable, typed, weightless
 from tunesmith_trainer.methods.conversion import published_config
 from tunesmith_trainer.methods.stored import check_stored
 from tunesmith_trainer.methods.targets import (
-    STATE_SPACE_MIXERS,
+    BYPASSED,
     adapted_modules,
     adapted_weights,
     check_pattern,
@@ -107,7 +107,7 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
 
 def _check_quantizable(modules: Modules) -> None:
     """Raise InvalidSpecError if bitsandbytes would leave most of the layers' weights as they are."""
-    if modules.architecture in STATE_SPACE_MIXERS | _CLAMPED or modules.grouped:
+    if modules.architecture in BYPASSED.keys() | _CLAMPED or modules.grouped:
         raise InvalidSpecError(
             f"method: the layers of a {modules.architecture} compute with the weights of linear modules themselves, "
             "which 4 bits do not allow: use method.lora"

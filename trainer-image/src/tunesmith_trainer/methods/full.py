@@ -75,7 +75,7 @@ def save(model: PeftModel, folder: Path, config: PretrainedConfig, dtype: torch.
     path = folder / "config.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     written["dtype"] = str(dtype).removeprefix("torch.")
-    written.get("text_config", written)["use_cache"] = config.get_text_config().use_cache
+    written.get("text_config", written)["use_cache"] = getattr(config.get_text_config(), "use_cache", True)
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,8 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.integrations import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
@@ -32,9 +34,8 @@ if TYPE_CHECKING:
 
     from tunesmith_trainer.base_model.stored import StoredQuantization
 
-STATE_SPACE_MIXERS = frozenset({"mamba", "falcon_mamba", "jamba"})
-"""Architectures whose mixers multiply with the weights of `dt_proj` themselves, past an adapter or 4 bits."""
-_STEP_PROJECTION = "dt_proj"
+BYPASSED = {"mamba": "dt_proj", "falcon_mamba": "dt_proj", "jamba": "dt_proj", "longcat_flash": "classifier"}
+"""Linear modules with whose weights the layers multiply themselves, past an adapter or 4 bits, by architecture."""
 OWN_EXPERTS = frozenset({"dbrx"})
 """Architectures whose layers multiply with the weights of experts themselves, past an adapter."""
 _INDEXER = "Indexer"
@@ -61,6 +62,7 @@ class Modules:
         alone: True if it is the language model of a base model whose other parts transformers leaves out.
         indexers: full names of the linear modules that choose the positions of sparse attention.
         grouped: full names of the linear modules that compute each group of outputs from a group of inputs.
+        renamed: full names of the linear modules whose adapters PEFT loads under other names, so not at all.
     """
 
     linear: dict[str, tuple[int, int]]
@@ -76,6 +78,7 @@ class Modules:
     alone: bool = False
     indexers: frozenset[str] = frozenset()
     grouped: frozenset[str] = frozenset()
+    renamed: frozenset[str] = frozenset()
 
     @property
     def layer_weights(self) -> int:
@@ -151,6 +154,7 @@ def modules_of(config: PretrainedConfig, stored: StoredQuantization | None = Non
         alone=type(model.config) is not type(config),
         indexers=frozenset(name for name in linear if name.startswith(indexers)),
         grouped=frozenset(name for name in linear if _is_grouped(model.get_submodule(name))),
+        renamed=_renamed(linear, model),
     )
 
 
@@ -168,6 +172,22 @@ def _dimensions_of_experts(module: nn.Module) -> tuple[int, ...]:
     DBRX stacks them in two.
     """
     return (2, _STACKED_DIMENSIONS) if isinstance(module, DbrxExpertGLU) else (_STACKED_DIMENSIONS,)
+
+
+def _renamed(names: Iterable[str], model: PreTrainedModel) -> frozenset[str]:
+    """Return the modules that transformers would rename in a published checkpoint, though they have their own names.
+
+    PEFT renames the keys of an adapter likewise. For Laguna, `shared_expert.` also matches `shared_experts`.
+    """
+    conversions = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    known = set(dict(model.named_modules()))
+    return frozenset(
+        name
+        for name in names
+        for entry in conversions
+        if (key := entry.rename_source_key(f"{name}.weight")[0]).removesuffix(".weight") not in known
+        and not name.endswith(key.removesuffix(".weight"))
+    )
 
 
 def _is_grouped(module: nn.Module) -> bool:
@@ -200,11 +220,12 @@ def adaptable(modules: Modules, peft_type: str) -> dict[str, tuple[int, int]]:
     """Return the linear modules that can get an adapter of a type, by full name, with their (in, out) features.
 
     Layers of state-space models compute past some of their modules, to which an adapter would do nothing; indexers of
-    sparse attention get no gradient; an adapter is one product, a grouped module is not.
+    sparse attention get no gradient; an adapter is one product, a grouped module is not; PEFT does not load adapters of
+    renamed ones.
     """
     names = {_last(full) for full in modules.linear} - expert_names(modules, peft_type)
     usable = {name for name in names if not _bypassed(name, modules, peft_type)}
-    without = modules.indexers | modules.grouped
+    without = modules.indexers | modules.grouped | modules.renamed
     return {full: shape for full, shape in modules.linear.items() if _last(full) in usable and full not in without}
 
 
@@ -221,7 +242,7 @@ def expert_names(modules: Modules, peft_type: str) -> frozenset[str]:
 
 
 def _bypassed(name: str, modules: Modules, peft_type: str) -> bool:
-    if modules.architecture in STATE_SPACE_MIXERS and name == _STEP_PROJECTION:
+    if BYPASSED.get(modules.architecture) == name:
         return True
     method = SimpleNamespace(peft_type=peft_type)
     try:
@@ -288,6 +309,11 @@ def _check_target(name: str, modules: Modules, usable: Mapping[str, tuple[int, i
         raise InvalidSpecError(
             f"method targetModules: {name} is part of the indexer of a {modules.architecture}, which chooses "
             "positions and gets no gradient: remove it"
+        )
+    if any(matches_name(full, name) for full in modules.renamed):
+        raise InvalidSpecError(
+            f"method targetModules: PEFT loads an adapter of {name} of a {modules.architecture} under another name, "
+            "which does not exist: remove it"
         )
     if any(matches_name(full, name) for full in modules.grouped):
         raise InvalidSpecError(
