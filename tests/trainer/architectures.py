@@ -285,8 +285,21 @@ FAMILIES = [
     Family("Granite, sliding window", "granite_swa"),
     Family("Granite MoE, sliding window", "granitemoe_swa", _MIXTRAL, experts=_EXPERTS),
     Family("Granite MoE shared", "granitemoeshared", _MIXTRAL | {"shared_intermediate_size": 32}, experts=_EXPERTS),
-    Family("Trinity", "afmoe", _DENSE | _ROUTED | {"num_shared_experts": 1}, experts=_EXPERTS),
-    Family("A.X K1", "axk1", _LATENT, ("q_a_proj", "o_proj"), _EXPERTS),
+    Family(
+        "Trinity",
+        "afmoe",
+        _DENSE | _ROUTED | {"num_shared_experts": 1},
+        experts=_EXPERTS,
+        unmeasured="vLLM reads settings of published models that the configuration class does not have",
+    ),
+    Family(
+        "A.X K1",
+        "axk1",
+        _LATENT,
+        ("q_a_proj", "o_proj"),
+        _EXPERTS,
+        unmeasured="vLLM does not load the tiny model, whose first layer lacks a norm",
+    ),
     Family("Cohere 2 MoE", "cohere2_moe", _DENSE | _ROUTED, experts=_EXPERTS),
     Family(
         "DBRX",
@@ -302,7 +315,14 @@ FAMILIES = [
         ("Wqkv",),
         ("mlp.w1", "mlp.v1", "mlp.w2"),
     ),
-    Family("DeepSeek-V3.2", "deepseek_v32", _LATENT | _INDEXED, ("q_a_proj", "o_proj"), _EXPERTS),
+    Family(
+        "DeepSeek-V3.2",
+        "deepseek_v32",
+        _LATENT | _INDEXED,
+        ("q_a_proj", "o_proj"),
+        _EXPERTS,
+        unmeasured="vLLM has sparse attention for GPUs only",
+    ),
     Family(
         "DeepSeek-V4",
         "deepseek_v4",
@@ -328,14 +348,35 @@ FAMILIES = [
         },
         ("q_a_proj",),
         _EXPERTS,
+        unmeasured="the transformers of vLLM does not read this configuration",
     ),
     Family("dots3", "dots3_note_text", _LATENT | _INDEXED, ("q_a_proj", "o_proj"), _EXPERTS),
     Family("FlexOlmo", "flex_olmo", _DENSE | {"num_experts": 4, "num_experts_per_tok": 2}, experts=_EXPERTS),
     Family("GLM-4.7-Flash", "glm4_moe_lite", _LATENT, ("q_a_proj", "o_proj"), _EXPERTS),
-    Family("GLM-5", "glm_moe_dsa", _LATENT | _INDEXED, ("q_a_proj", "o_proj"), _EXPERTS),
+    Family(
+        "GLM-5",
+        "glm_moe_dsa",
+        _LATENT | _INDEXED,
+        ("q_a_proj", "o_proj"),
+        _EXPERTS,
+        unmeasured="vLLM has sparse attention for GPUs only",
+    ),
     Family("Hunyuan MoE", "hunyuan_v1_moe", _DENSE | {"num_experts": 4, "moe_topk": 2}, experts=_EXPERTS),
-    Family("Hy 3", "hy_v3", _DENSE | _ROUTED | {"num_shared_experts": 1}, experts=_EXPERTS),
-    Family("Hy 4", "hy_v4", _LATENT | _INDEXED, ("q_a_proj", "o_proj"), _EXPERTS),
+    Family(
+        "Hy 3",
+        "hy_v3",
+        _DENSE | _ROUTED | {"num_shared_experts": 1},
+        experts=_EXPERTS,
+        unmeasured="vLLM reads settings of published models that the configuration class does not have",
+    ),
+    Family(
+        "Hy 4",
+        "hy_v4",
+        _LATENT | _INDEXED,
+        ("q_a_proj", "o_proj"),
+        _EXPERTS,
+        unmeasured="vLLM has sparse attention for GPUs only",
+    ),
     Family(
         "Inkling, text",
         "inkling_text",
@@ -350,6 +391,7 @@ FAMILIES = [
             "moe_intermediate_size": 32,
         },
         experts=_EXPERTS,
+        unmeasured="vLLM has the kernels of this architecture for GPUs only",
     ),
     Family(
         "Jamba",
@@ -365,6 +407,7 @@ FAMILIES = [
             "mamba_d_state": 16,
         },
         experts=_EXPERTS,
+        unmeasured="vLLM has the kernels of its state-space layers for GPUs only",
     ),
     Family(
         "Kimi Linear",
@@ -385,12 +428,14 @@ FAMILIES = [
         "laguna",
         _DENSE | _SHARED | {"sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]},
         experts=_EXPERTS,
+        unmeasured="vLLM's router of experts for CPUs has no sigmoid",
     ),
     Family(
         "LFM2-MoE",
         "lfm2_moe",
         _DENSE | _ROUTED | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
         experts=_EXPERTS,
+        unmeasured="on a CPU, vLLM's log-probabilities of the base alone differ from those of transformers, by 0.2",
     ),
     Family(
         "LongCat-Flash",
@@ -413,8 +458,15 @@ FAMILIES = [
         },
         ("q_a_proj", "o_proj"),
         _EXPERTS,
+        unmeasured="vLLM reads settings of published models that the configuration class does not have",
     ),
-    Family("Mellum", "mellum", _DENSE | _ROUTED, experts=_EXPERTS),
+    Family(
+        "Mellum",
+        "mellum",
+        # Without layers for speculation, of which vLLM reads the number.
+        _DENSE | _ROUTED | {"num_mtp_layers": 0},
+        experts=_EXPERTS,
+    ),
     Family(
         "MiMo-V2-Flash",
         "mimo_v2_flash",
@@ -440,8 +492,16 @@ FAMILIES = [
             "linear_value_head_dim": 64,
             "layer_types": ["linear_attention", "full_attention"],
         },
+        unmeasured="vLLM has the kernels of its linear attention for GPUs only",
     ),
-    Family("Qwen4", "qwen4_exp_text", _QWEN4, experts=_EXPERTS, engine=_BFLOAT16),
+    Family(
+        "Qwen4",
+        "qwen4_exp_text",
+        _QWEN4,
+        experts=_EXPERTS,
+        engine=_BFLOAT16,
+        unmeasured="vLLM reads settings of published models that the configuration class does not have",
+    ),
     Family("Falcon Mamba", "falcon_mamba", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 16}, ("in_proj",)),
     Family(
         "Zamba 2",
@@ -599,6 +659,10 @@ def make(family: Family, folder: Path) -> Path:
     torch.manual_seed(0)
     build = getattr(transformers, family.whole) if family.whole else AutoModelForCausalLM.from_config
     model = build(family.config).to(torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".correct_output_scale"):
+            # Zero in a model that was not trained, which takes the gradients of all that it scales.
+            torch.nn.init.normal_(parameter)
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tokenizer / file, folder / file)

@@ -61,6 +61,7 @@ from tunesmith_trainer.methods.targets import adaptable, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from collections.abc import Set as AbstractSet
 
     from tests.trainer.verify_methods import Tried
 
@@ -82,6 +83,8 @@ _RATE = 0.02
 _BFLOAT16_LIMIT = 0.05
 _LATENT_LIMIT = 2e-3
 """vLLM's kernel for latent attention on CPUs is less exact: so much it differs without an adapter."""
+_XIELU_LIMIT = 5e-4
+"""vLLM's activation function of Apertus on CPUs is less exact."""
 _PROBE_TOKENS = 24
 _SCALES = (0.1, 0.5, 2.0, 8.0)
 """Standard deviations of the values of the second matrix of a module's adapter, of which the least is used that has:"""
@@ -288,11 +291,13 @@ class Checked:
         tried: results, by `<family>/<column>`.
         request: request for `ask_engines`; None: the engine's answers cannot be compared.
         class_name: architecture, as vLLM knows it.
+        unknown: modules, without the numbers of layers, that agents do not find among the published weights.
     """
 
     tried: dict[str, Tried]
     request: dict[str, Any] | None
     class_name: str
+    unknown: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -370,16 +375,21 @@ class Run:
         served = {trials[column].key: tried[column] for column in _SERVED if column in tried}
         for one in served.values():
             check_agent(one, tried["lora"].base)
-        request = None
-        if not self.family.unmeasured and modules.class_name in WITH_ADAPTERS and not modules.alone:
+        request, names, unknown = None, dict[str, tuple[int, int]](), frozenset[str]()
+        if modules.class_name in WITH_ADAPTERS and not modules.alone:
+            weights = read_base_weights(tried["lora"].base)
             names = adaptable(modules, str(LORA.peft_type))
+            unknown = frozenset(of_any_layer(name) for name in names if weights.matrix_of(name) is None)
+        if not self.family.unmeasured and names:
             engine = dict(self.family.engine)
             if self.family.experts:
                 # vLLM's kernels for CPUs have no adapters of experts, which it would prepare for.
-                engine["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in names})
+                applied = [name for name in names if not is_unadapted(modules.class_name, name)]
+                engine["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in applied})
             adapters = write_modules(tried["lora"].base, names, self.folder / "modules")
             request = engine_request(served, tried["lora"].base, self.folder / "engine.answers", adapters, **engine)
-        return Checked({trials[column].key: one for column, one in tried.items()}, request, modules.class_name)
+        by_key = {trials[column].key: one for column, one in tried.items()}
+        return Checked(by_key, request, modules.class_name, unknown)
 
 
 def _sources() -> str:
@@ -426,9 +436,10 @@ def main() -> int:
             ask_engines(requests, arguments.engine, work, arguments.processes)
             found: dict[str, frozenset[str]] = {}
             for family, each in zip(families, checked.values(), strict=True):
-                if each.request and (answers := fill_in_answers(tried, each.request, limit_of(family))):
-                    own = unapplied(answers)
-                    check_known(each, set(answers), own)
+                answers = fill_in_answers(tried, each.request, limit_of(family)) if each.request else {}
+                own = each.unknown | unapplied(answers)
+                check_known(each, each.unknown | answers.keys(), own)
+                if answers or own:
                     found[each.class_name] = found.get(each.class_name, frozenset()) | own
             write_unadapted(found)
         write_line(f"{len(families)} families took {time.monotonic() - started:.0f} seconds")
@@ -444,7 +455,7 @@ def unapplied(answers: dict[str, Any]) -> frozenset[str]:
     )
 
 
-def check_known(checked: Checked, asked: set[str], found: frozenset[str]) -> None:
+def check_known(checked: Checked, asked: AbstractSet[str], found: frozenset[str]) -> None:
     """Note that validation does not know yet to which modules vLLM applies adapters."""
     known = {name for name in asked if is_unadapted(checked.class_name, name)}
     if found != known:
@@ -457,7 +468,9 @@ def limit_of(family: Family) -> float:
     """Return the greatest difference of log-probabilities of a family's engine that is not a problem."""
     if family.engine.get("dtype") == "bfloat16":
         return _BFLOAT16_LIMIT
-    return _LATENT_LIMIT if "kv_lora_rank" in family.settings else PARITY_LIMIT
+    if "kv_lora_rank" in family.settings:
+        return _LATENT_LIMIT
+    return _XIELU_LIMIT if family.model_type == "apertus" else PARITY_LIMIT
 
 
 def write_unadapted(found: dict[str, frozenset[str]]) -> None:

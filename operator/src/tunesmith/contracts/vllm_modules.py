@@ -38,5 +38,6 @@ UNADAPTED: dict[str, frozenset[str]] = {
 """Full names, without the numbers of layers, of modules of which vLLM does not compute adapters as PEFT does.
 
 It refuses some, ignores others, and computes other answers with those of weights that it reorders when it loads the
-base. By architecture; besides `kv_b_proj` of those in `vllm_architectures.LATENT_ATTENTION`.
+base; agents refuse those of modules that they do not find among the published weights. By architecture; besides
+`kv_b_proj` of those in `vllm_architectures.LATENT_ATTENTION`.
 """

@@ -43,6 +43,8 @@ WHOLE_MODEL = ServableStatus(
     "method.lora",
 )
 """Verdict on full fine-tuning."""
+_UNKNOWN_TO_VLLM = frozenset({"internlm3", "iquestcoder"})
+"""Types of models whose class vLLM serves, but not their configuration, which its release of transformers lacks."""
 _REMEDIES = {
     "use_dora": "remove dora (rsLora is the closest variant that vLLM serves)",
     "modules_to_save": "remove modulesToSave",
@@ -80,6 +82,10 @@ def on_base(modules: Modules, adapted: Iterable[str]) -> ServableStatus:
         remedy = f"{MERGED.replace('output.merge', 'output.merge: Dequantized')}, or " if stored.in_4_bits else ""
         return _not_servable(
             f"pools do not serve base models in {stored.name}: {remedy}train on the model that it was quantised from"
+        )
+    if modules.architecture in _UNKNOWN_TO_VLLM:
+        return _not_servable(
+            f"vLLM {VLLM} does not read the configuration of a {modules.architecture}: serve it with another engine"
         )
     if class_name in WITH_ADAPTERS and modules.alone:
         return _not_servable(
