@@ -3,6 +3,19 @@
 ASKED = "0.32"
 """Release of vLLM that was asked."""
 UNADAPTED: dict[str, frozenset[str]] = {
+    "DeepseekV4ForCausalLM": frozenset(
+        {
+            "model.layers.mlp.shared_experts.down_proj",
+            "model.layers.mlp.shared_experts.gate_proj",
+            "model.layers.mlp.shared_experts.up_proj",
+            "model.layers.self_attn.compressor.gate_proj",
+            "model.layers.self_attn.compressor.kv_proj",
+            "model.layers.self_attn.kv_proj",
+            "model.layers.self_attn.o_b_proj",
+            "model.layers.self_attn.q_a_proj",
+            "model.layers.self_attn.q_b_proj",
+        }
+    ),
     "GPTBigCodeForCausalLM": frozenset(
         {
             "transformer.h.attn.c_attn",
@@ -11,6 +24,18 @@ UNADAPTED: dict[str, frozenset[str]] = {
     "Glm4ForCausalLM": frozenset(
         {
             "model.layers.mlp.gate_up_proj",
+        }
+    ),
+    "GraniteMoeSharedForCausalLM": frozenset(
+        {
+            "model.layers.shared_mlp.input_linear",
+        }
+    ),
+    "HYV3ForCausalLM": frozenset(
+        {
+            "model.layers.mlp.shared_experts.down_proj",
+            "model.layers.mlp.shared_experts.gate_proj",
+            "model.layers.mlp.shared_experts.up_proj",
         }
     ),
     "Llama4ForCausalLM": frozenset(
