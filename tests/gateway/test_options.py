@@ -56,6 +56,8 @@ def test_flags_set_every_limit() -> None:
         "answer_seconds": 13,
         "silence_seconds": 14,
         "comment_seconds": 15,
+        "queue_seconds": 16,
+        "max_running_per_pod": 17,
     }
     assert set(given) == set(Limits.model_fields)
     made = settings(*(f"--{name.replace('_', '-')}={value}" for name, value in given.items()))
