@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,12 +112,28 @@ def custom_resources() -> Iterator[Path]:
         yield from (Path(found["Dir"]) / name for name in names)
 
 
+def complete_openapi(kubernetes: ApiServer) -> dict[str, Any]:
+    """The API server's OpenAPI document, once it has the custom resources, some time after their creation."""
+    deadline = time.monotonic() + 120
+    while True:
+        openapi: dict[str, Any] = json.loads(kubernetes.kubectl("get", "--raw", "/openapi/v2").stdout)
+        missing = {"HTTPRoute", "PodMonitor", "ServiceMonitor"} - {
+            kind["kind"]
+            for node in openapi["definitions"].values()
+            for kind in node.get("x-kubernetes-group-version-kind", [])
+        }
+        if not missing:
+            return openapi
+        assert time.monotonic() < deadline, f"no schema of {missing}"
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def conforms(
     kubernetes: ApiServer, kubeconform: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
     schemas = tmp_path_factory.mktemp("schemas")
-    write_schemas(json.loads(kubernetes.kubectl("get", "--raw", "/openapi/v2").stdout), schemas)
+    write_schemas(complete_openapi(kubernetes), schemas)
 
     def run(documents: list[dict[str, Any]]) -> dict[str, Any]:
         done = subprocess.run(
@@ -152,7 +169,8 @@ def test_every_document_is_valid_and_none_is_skipped(
         if not path.name.startswith("values"):
             documents += yaml.safe_load_all(path.read_text())
     result = conforms(documents)
-    assert result["summary"] == {"valid": len(documents), "invalid": 0, "errors": 0, "skipped": 0}, result["resources"]
+    problems = [(entry["kind"], entry["name"], entry["msg"]) for entry in result["resources"]]
+    assert result["summary"] == {"valid": len(documents), "invalid": 0, "errors": 0, "skipped": 0}, problems
 
 
 def test_the_check_itself_finds_a_field_that_does_not_exist(
