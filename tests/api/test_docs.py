@@ -26,7 +26,7 @@ METRICS = (ROOT / "docs/reference/metrics.md").read_text()
 MODELS = {model.__name__: model for model in (FineTuneJob, ServingPool, AdapterDeployment)}
 SCHEMAS = [resolved_schema(model) for model in MODELS.values()]
 VALUES = yaml.safe_load((ROOT / "charts/tunesmith/values.yaml").read_text())
-FILES = (".csv", ".json", ".yaml")
+FILES = (".jsonl", ".csv", ".json", ".yaml")
 
 FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 MANIFESTS = [
