@@ -66,6 +66,9 @@ class Engine:
         self.resident: dict[str, str] = {}
         self.sent: list[dict[str, Any]] = []
         self.shift = 0.0
+        self.shifts: dict[str, float] = {}
+        self.in_flight: dict[str, int] = {}
+        self.bad = ""
         self.base_shift = 0.0
         self.first_token: int | None = None
         self.rendered: list[int] | None = PROMPT
@@ -77,7 +80,7 @@ class Engine:
         state = {
             "bootId": str(self.boot),
             "draining": False,
-            "inFlight": {},
+            "inFlight": self.in_flight,
             "totals": {},
             "adapters": {"dataType": self.data_type},
         }
@@ -91,10 +94,17 @@ class Engine:
         if "messages" in body:
             assert path == "/v1/chat/completions"
             return json.dumps({"choices": [{}], "prompt_token_ids": self.rendered})
+        if body["model"] == self.bad:
+            self.base_shift = 1.0
+        return json.dumps({"choices": [self._choice(body, prompt) for prompt in body["prompt"]]})
+
+    def _choice(self, body: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
         is_base = body["model"] == BASE
         answer = ANSWERS[BASE if is_base else "adapter"]
-        value = LOG_PROBABILITIES[BASE] + self.base_shift if is_base else LOG_PROBABILITIES["adapter"] + self.shift
-        rest = answer[len(body["prompt"]) - len(PROMPT) :]
+        value = LOG_PROBABILITIES["adapter"] + (self.shifts.get(body["model"], self.shift))
+        if is_base:
+            value = LOG_PROBABILITIES[BASE] + self.base_shift
+        rest = answer[len(prompt) - len(PROMPT) :]
         assert body["max_tokens"] == len(rest)
         tops = [{f"token_id:{token}": value} for token in rest]
         if self.first_token is not None and len(rest) == len(answer) and not is_base:
@@ -102,7 +112,7 @@ class Engine:
             tops[0][f"token_id:{self.first_token}"] = value + 0.001
         tokens = [f"token_id:{token}" for token in rest]
         own = [top[token] for top, token in zip(tops, tokens, strict=True)]
-        return json.dumps({"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops}}]})
+        return {"logprobs": {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops}}
 
 
 class Checks:
@@ -133,11 +143,27 @@ class Checks:
         """Take steps until no check is due; return the first adapter's result."""
         for _ in wanted:
             self.start(*wanted)
-            if self.checks._check is not None:
-                await asyncio.wait({self.checks._check}, timeout=60)
+            if self.checks._task is not None:
+                await asyncio.wait({self.checks._task}, timeout=60)
                 await asyncio.sleep(0)  # its callbacks
-                assert self.checks._check is None
+                assert self.checks._task is None
         return self.checks.results.get(wanted[0].engine_name)
+
+    async def finished(self, *adapters: DesiredAdapter) -> dict[str, ParityVerdict]:
+        """The verdicts after the running check, by engine name, without those that are not known yet."""
+        if self.checks._task is not None:
+            await asyncio.wait({self.checks._task}, timeout=60)
+            await asyncio.sleep(0)  # its callbacks
+        found = {adapter.engine_name: self.checks.results.get(adapter.engine_name) for adapter in adapters}
+        return {
+            name: result.verdict
+            for name, result in found.items()
+            if result is not None and result.verdict is not ParityVerdict.UNFINISHED
+        }
+
+    def recorded(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.state / parity.FILE).read_bytes())
+        return found
 
     def models(self) -> list[str]:
         return [body["model"] for body in self.engine.sent]
@@ -155,7 +181,7 @@ async def test_a_sound_adapter_passes(checks: Checks) -> None:
     assert found is not None
     assert (found.verdict, found.distance, found.base_distance) == (ParityVerdict.PASSED, pytest.approx(0.004), 0.0)
     assert (found.gap, found.tolerance) == (pytest.approx(4.9), 0.01)
-    assert checks.models() == [A.engine_name, A.engine_name, BASE]
+    assert checks.models() == [BASE, A.engine_name, BASE]
     assert {body["priority"] for body in checks.engine.sent} == {parity.IN_BACKGROUND}
     assert sum(body["max_tokens"] for body in checks.engine.sent) == 1 + 3 + 2
 
@@ -166,7 +192,7 @@ async def test_traffic_that_waits_for_a_check_is_queued_with_clients(checks: Che
     checks.load(required, document())
     await checks.run(A, required)
     of_first = [body["priority"] for body in checks.engine.sent[:3]]
-    assert checks.models()[0] == required.engine_name
+    assert checks.models()[:3] == [BASE, required.engine_name, BASE]
     assert of_first == [parity.TRAFFIC_WAITS] * 3
 
 
@@ -179,22 +205,22 @@ async def test_a_check_that_traffic_waits_for_replaces_another(checks: Checks) -
     checks.load(required, document())
     checks.start(A, required)
     checks.engine.answering.set()
-    found = await checks.run(required, A, A)
+    found = await checks.run(required, A)
     assert found is not None
     assert found.verdict is checks.checks.results[A.engine_name].verdict is ParityVerdict.PASSED
-    assert [name for name in checks.models() if name != BASE][-2:] == [A.engine_name] * 2
+    assert [name for name in checks.models() if name != BASE] == [required.engine_name, A.engine_name]
 
 
 async def test_the_base_is_checked_once_for_each_artifact_and_engine(checks: Checks) -> None:
     for adapter in (A, B, A, B):
         checks.load(adapter, document())
         await checks.run(adapter)
-    assert checks.models().count(BASE) == 2
+    assert checks.models().count(BASE) == 2 + 1, "its answers once for each, and the chat once"
     checks.engine.boot += 1
     await checks.run(A)
-    assert checks.models().count(BASE) == 3
+    assert checks.models().count(BASE) == 3 + 2
     await checks.run(A)
-    assert checks.models().count(A.engine_name) == 2 * 3
+    assert checks.models().count(A.engine_name) == 3
 
 
 async def test_a_token_that_is_as_likely_does_not_end_the_comparison(checks: Checks) -> None:
@@ -203,7 +229,7 @@ async def test_a_token_that_is_as_likely_does_not_end_the_comparison(checks: Che
     found = await checks.run(A)
     assert found is not None
     assert found.verdict is ParityVerdict.PASSED
-    assert [body["prompt"] for body in checks.engine.sent[1:3]] == [PROMPT, [*PROMPT, 7]]
+    assert [body["prompt"] for body in checks.engine.sent[1:3]] == [[PROMPT], [[*PROMPT, 7]]]
 
 
 async def test_an_engine_that_does_not_apply_the_adapter_is_detected(checks: Checks) -> None:
@@ -286,7 +312,7 @@ async def test_nothing_is_checked_with_parity_off_or_before_the_canary(checks: C
     checks.load(A, document())
     checks.load(off, document())
     checks.start(A, off, unverified=frozenset({A.engine_name}))
-    assert checks.checks._check is None
+    assert checks.checks._task is None
     assert await checks.run(off) is None
 
 
@@ -358,8 +384,91 @@ async def test_a_check_stops_when_its_adapter_is_loaded_again(checks: Checks) ->
     checks.start(A)
     await asyncio.sleep(0)
     checks.load(A, document())
-    assert checks.checks._check is None
+    assert checks.checks._task is None
     checks.engine.answering.set()
     found = await checks.run(A)
     assert found is not None
     assert found.verdict is ParityVerdict.PASSED
+
+
+MANY = [desired(name) for name in "abcdef"]
+
+
+def names(adapters: list[DesiredAdapter]) -> list[str]:
+    return [adapter.engine_name for adapter in adapters]
+
+
+async def test_the_adapters_of_an_idle_engine_are_checked_together(checks: Checks) -> None:
+    for adapter in MANY:
+        checks.load(adapter, document())
+    checks.start(*MANY)
+    assert await checks.finished(*MANY) == dict.fromkeys(names(MANY), ParityVerdict.PASSED)
+    assert checks.models() == [BASE, *names(MANY), BASE]
+    assert checks.engine.sent[-1]["prompt"] == [PROMPT]
+
+
+async def test_the_adapters_of_an_engine_in_use_are_checked_one_at_a_time(checks: Checks) -> None:
+    checks.engine.in_flight = {A.engine_name: 1}
+    for adapter in (A, B):
+        checks.load(adapter, document())
+    checks.start(A, B)
+    assert await checks.finished(A, B) == {A.engine_name: ParityVerdict.PASSED}
+
+
+async def test_an_adapter_that_fails_in_a_group_is_checked_again_alone(checks: Checks) -> None:
+    checks.engine.shifts = {B.engine_name: 1.0}
+    for adapter in MANY:
+        checks.load(adapter, document())
+    checks.start(*MANY)
+    others = [adapter for adapter in MANY if adapter != B]
+    assert await checks.finished(*MANY) == dict.fromkeys(names(others), ParityVerdict.PASSED)
+    checks.start(*MANY)
+    assert (await checks.finished(*MANY))[B.engine_name] is ParityVerdict.FAILED
+    assert checks.models().count(B.engine_name) == 2
+
+
+async def test_only_what_is_checked_after_a_change_of_the_base_fails(checks: Checks) -> None:
+    """All adapters of the group are checked again, and the change lasts."""
+    for adapter in (A, B):
+        checks.load(adapter, document())
+    checks.engine.bad = B.engine_name
+    checks.start(A, B)
+    assert await checks.finished(A, B) == {}
+    checks.engine.bad, checks.engine.base_shift = "", 0.0
+    await checks.run(A)
+    checks.engine.bad = B.engine_name
+    await checks.run(B)
+    assert await checks.finished(A, B) == {A.engine_name: ParityVerdict.PASSED, B.engine_name: ParityVerdict.FAILED}
+
+
+async def test_an_adapter_is_checked_alone_after_the_engine_died(checks: Checks) -> None:
+    for adapter in (A, B):
+        checks.load(adapter, document(chat=False))
+    checks.engine.error = EngineLostError("the engine closed the connection")
+    checks.start(A, B)
+    await checks.finished(A, B)
+    checks.engine.boot += 1
+    checks.engine.error = None
+    checks.start(A, B)
+    assert await checks.finished(A, B) == {A.engine_name: ParityVerdict.PASSED}
+
+
+async def test_what_left_the_pod_is_not_recorded_any_more(checks: Checks) -> None:
+    for adapter in (A, B):
+        checks.load(adapter, document(chat=False))
+    checks.engine.error = EngineLostError("the engine closed the connection")
+    checks.start(A, B)
+    await checks.finished(A, B)
+    checks.engine.boot += 1
+    checks.engine.error = None
+    await checks.run(A)
+    assert set(checks.recorded()["bases"]) == {A.digest}
+    assert set(checks.recorded()["deaths"]) == {B.digest}
+    checks.start(A)
+    assert set(checks.recorded()["deaths"]) == {B.digest}, "the engine has it"
+    checks.engine.resident.clear()
+    checks.start(A)
+    assert set(checks.recorded()["bases"]) == {A.digest}, "it is loaded again"
+    assert checks.recorded()["deaths"] == {}
+    checks.start()
+    assert checks.recorded()["bases"] == {}
