@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-routing benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-publishing benchmark-registration benchmark-routing benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -79,6 +79,15 @@ benchmark-routing: environment environment-server model ## Compare the gateway's
 	@$(STEP) "programs of the cluster" $(CLUSTER) build
 	@$(STEP) --live "routing" $(UV) run --frozen --no-sync --project server-image python -m benchmarks.routing.benchmark \
 	  --repeats $(or $(REPEATS),3) --seconds $(or $(SECONDS),60)
+
+benchmark-publishing: environment environment-trainer environment-server ## Time from a published adapter to its first token on a warm pod, by step (REPEATS=5)
+	@$(STEP) "programs of the cluster" $(CLUSTER) build
+	@$(STEP) --live "publishing" $(UV) run --frozen --no-sync --project server-image python -m benchmarks.publishing.benchmark \
+	  --repeats $(or $(REPEATS),5)
+
+benchmark-registration: environment environment-trainer environment-server ## Processor time of each process for registering an adapter on a pod (ADAPTERS=60)
+	@$(STEP) --live "registration" $(UV) run --frozen --no-sync --project server-image python -m benchmarks.density.registration \
+	  --adapters $(or $(ADAPTERS),60)
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other libraries (ROWS=64 REPEATS=3)
 	@mkdir -p out

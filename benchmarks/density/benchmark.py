@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from benchmarks.density import load, rig
+from benchmarks.density import load, processes, rig
 from benchmarks.density.prompt import PROMPT
 from tests.server.server_rig import S3Server
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
 MIB = 2**20
+_PROCESSOR = "processor_ms_per_token"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Settings:
     tokens: int
     repeats: int
     memory: int
-    plain: tuple[tuple[int, int], ...]
+    plain: tuple[tuple[int, int, int], ...]
+    """Servers, slots and threads of vLLM alone."""
 
 
 class Results:
@@ -96,10 +98,11 @@ async def healthy(http: aiohttp.ClientSession, url: str, container: rig.Containe
 
 @dataclass
 class Contender:
-    """A server with its name in the report."""
+    """A server with its name in the report. `usage`: returns the processor seconds of its processes so far."""
 
     name: str
     endpoint: load.Endpoint
+    usage: Callable[[], processes.Usage]
 
 
 @contextlib.asynccontextmanager
@@ -162,8 +165,11 @@ async def tunesmith(
         yield Contender(
             "tunesmith",
             load.Endpoint(
-                gateway.url, gateway.key, lambda number: f"team/a{number:04d}" if number >= 0 else "serving/base"
+                lambda _: gateway.url,
+                gateway.key,
+                lambda number: f"team/a{number:04d}" if number >= 0 else "serving/base",
             ),
+            lambda: rig.usage(pods, gateway=gateway, store=store),
         )
         check()
         results.put("moves", operator.moves)
@@ -180,29 +186,41 @@ async def tunesmith(
 
 @contextlib.asynccontextmanager
 async def plain(
-    settings: Settings, http: aiohttp.ClientSession, slots: int, threads: int, results: Results
+    settings: Settings, http: aiohttp.ClientSession, count: int, slots: int, threads: int, results: Results
 ) -> AsyncIterator[Contender]:
-    """Start vLLM alone, and load all adapters."""
-    name = f"vLLM, {slots} slots, {threads} thread{'s' * (threads > 1)}"
-    server = rig.Plain(
-        settings.folder / f"run/plain-{slots}x{threads}",
-        settings.folder / "made/base",
-        settings.adapters,
-        slots,
-        threads,
-    )
-    try:
-        server.engine.start()
-        await healthy(http, server.url, server.engine)
-        before = rig.memory(server.engine)["total"]
-        seconds = await server.load(http, settings.folder / "made", settings.adapters)
-        results.put(
-            f"{name}: registration",
-            {"seconds": seconds, "mib_before": before / MIB, "mib": rig.memory(server.engine)["total"] / MIB},
+    """Start one or several vLLM alone, without anything in front, and load the adapters: each has an equal part."""
+    name = f"{count if count > 1 else 'one'} vLLM, {slots} slots, {threads} thread{'s' * (threads > 1)}"
+    servers = [
+        rig.Plain(
+            settings.folder / f"run/plain-{count}x{slots}x{threads}-{index}",
+            settings.folder / "made/base",
+            range(index, settings.adapters, count),
+            slots,
+            threads,
         )
-        yield Contender(name, load.Endpoint(server.url, "", lambda number: f"a{number:04d}" if number >= 0 else "base"))
+        for index in range(count)
+    ]
+    try:
+        for server in servers:
+            server.engine.start()
+        for server in servers:
+            await healthy(http, server.url, server.engine)
+        before = [rig.memory(server.engine)["total"] / MIB for server in servers]
+        seconds = await asyncio.gather(*(server.load(http, settings.folder / "made") for server in servers))
+        memory = [rig.memory(server.engine)["total"] / MIB for server in servers]
+        results.put(f"{name}: registration", {"seconds": max(seconds), "mib_before": before, "mib": memory})
+        yield Contender(
+            name,
+            load.Endpoint(
+                lambda number: servers[max(0, number) % count].url,
+                "",
+                lambda number: f"a{number:04d}" if number >= 0 else "base",
+            ),
+            lambda: rig.usage_of("engine", *(server.engine for server in servers)),
+        )
     finally:
-        server.engine.kill()
+        for server in servers:
+            server.engine.kill()
 
 
 async def measure(
@@ -232,10 +250,13 @@ async def measure(
                     choose = load.chooser(distribution, size, seed=repeat)
                     common = (http, contender.endpoint, choose, markers, PROMPT)
                     await load.run(*common, tokens=settings.tokens, clients=settings.clients, seconds=3)  # warm
+                    before = contender.usage(), time.process_time()
                     outcome = await load.run(
                         *common, tokens=settings.tokens, clients=settings.clients, seconds=settings.seconds
                     )
-                    results.put(name, outcome.figures())
+                    used = contender.usage().since(before[0])
+                    used["clients"] = time.process_time() - before[1]
+                    results.put(name, {**outcome.figures(), _PROCESSOR: used.divided(outcome.tokens / 1000)})
                     figures = results.values[name]
                     say(
                         f"{name}: {figures['tokens_per_second']:.0f} tok/s, p50 {figures['ttft_p50']:.2f} s, "
@@ -266,8 +287,27 @@ def report(settings: Settings, results: Results) -> str:
                 else:
                     cells += ["", ""]
             lines.append(f"| {size} | {distribution} | {' | '.join(cells)} |")
+    lines += ["", *_processors(settings, values, names)]
     extra = {key: value for key, value in values.items() if " | " not in key}
     return "\n".join([*lines, "", "```json", json.dumps(extra, indent=1), "```", ""])
+
+
+def _processors(settings: Settings, values: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Return a table of processor milliseconds per token, by process."""
+    parts = sorted({part for value in values.values() if isinstance(value, dict) for part in value.get(_PROCESSOR, ())})
+    lines = [f"| adapters | server | {' | '.join(parts)} | all |", f"|---|---|{'---|' * (len(parts) + 1)}"]
+    for size in settings.sizes:
+        for name in names:
+            runs = [
+                value[_PROCESSOR]
+                for key, value in values.items()
+                if key.startswith(f"{name} | {size} | ") and _PROCESSOR in value
+            ]
+            if runs:
+                found = [median(run.get(part, 0.0) for run in runs) for part in parts]
+                cells = " | ".join(f"{value:.2f}" for value in [*found, sum(found)])
+                lines.append(f"| {size} | {name} | {cells} |")
+    return lines
 
 
 async def benchmark(settings: Settings) -> int:
@@ -293,9 +333,11 @@ async def benchmark(settings: Settings) -> int:
             )
             say("starting the pods")
             contenders = [await stack.enter_async_context(tunesmith(settings, http, store, entries, results))]
-            for slots, threads in settings.plain:
-                say(f"starting vLLM alone with {slots} slots and {threads} threads")
-                contenders.append(await stack.enter_async_context(plain(settings, http, slots, threads, results)))
+            for count, slots, threads in settings.plain:
+                say(f"starting {count} vLLM alone with {slots} slots and {threads} threads")
+                contenders.append(
+                    await stack.enter_async_context(plain(settings, http, count, slots, threads, results))
+                )
             await measure(settings, http, contenders, markers, results)
     finally:
         store.stop()
@@ -305,7 +347,9 @@ async def benchmark(settings: Settings) -> int:
     bad = [
         key
         for key, value in results.values.items()
-        if isinstance(value, dict) and (value.get("wrong") or value.get("failed")) and not key.startswith("vLLM")
+        if isinstance(value, dict)
+        and (value.get("wrong") or value.get("failed"))
+        and key.startswith(("all", "tunesmith"))
     ]
     if bad:
         say(f"wrong or failed answers: {', '.join(bad)}")
@@ -324,7 +368,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--memory", type=int, default=512 * MIB, help="bytes of each engine's cache of adapters")
     parser.add_argument(
-        "--plain", nargs="*", default=["8x1", "16x2"], help="vLLM alone: slots and threads, such as 8x1"
+        "--plain",
+        nargs="*",
+        default=["1x8x1", "1x16x2", "2x8x1"],
+        help="vLLM alone: servers, slots and threads of each, such as 2x8x1: two that share the adapters",
     )
     parser.add_argument("--fresh", action="store_true", help="discard the results of an earlier run")
     options = parser.parse_args()
@@ -340,7 +387,10 @@ def main() -> None:
         tokens=options.tokens,
         repeats=options.repeats,
         memory=options.memory,
-        plain=tuple((int(slots), int(threads)) for slots, threads in (text.split("x") for text in options.plain)),
+        plain=tuple(
+            (int(count), int(slots), int(threads))
+            for count, slots, threads in (text.split("x") for text in options.plain)
+        ),
     )
     sys.exit(asyncio.run(benchmark(settings)))
 

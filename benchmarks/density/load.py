@@ -21,9 +21,15 @@ ZIPF = 1.0
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Server under load. `model`: name of an adapter in a request, by its number; -1: the base model."""
+    """Server under load, or several.
 
-    url: str
+    Attributes:
+        url: URL of the server for an adapter, by its number; -1: the base model.
+        key: API key; empty: none.
+        model: name of an adapter in a request, by its number.
+    """
+
+    url: Callable[[int], str]
     key: str
     model: Callable[[int], str]
 
@@ -86,7 +92,7 @@ async def ask(
     }
     headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
     started, got, first = time.monotonic(), [], None
-    async with http.post(f"{endpoint.url}/v1/completions", json=body, headers=headers) as response:
+    async with http.post(f"{endpoint.url(number)}/v1/completions", json=body, headers=headers) as response:
         if response.status != 200:  # noqa: PLR2004 - HTTP
             outcome.failed.append(f"{body['model']}: {response.status} {(await response.text())[:200]}")
             return

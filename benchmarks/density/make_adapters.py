@@ -20,7 +20,10 @@ from prompt import PROMPT, TOKENS
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tunesmith.contracts.parity import PARITY_FILE
+from tunesmith_trainer.artifact.parity import record
 
 VOCABULARY = 2048
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 256, 4, 4, 512
@@ -88,6 +91,18 @@ def marker(model: torch.nn.Module) -> list[int] | None:
     return tokens[len(PROMPT) :]
 
 
+def record_answers(folder: Path, count: int) -> None:
+    """Write the expected answers of the first `count` adapters that lack them."""
+    base = folder / "base"
+    config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    ends = [tokenizer.eos_token_id]
+    for number in range(count):
+        artifact = folder / "adapters" / f"{number:04d}"
+        if not (artifact / PARITY_FILE).exists():
+            recorded = record(base, artifact, config, tokenizer, ends=ends, pad=ends[0])
+            (artifact / PARITY_FILE).write_text(json.dumps(recorded.parity.manifest()))
+
+
 def make(folder: Path, count: int) -> None:
     """Write the base, adapters and `markers.json` until there are `count` adapters."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,5 +134,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--parity", action="store_true", help="record the expected answers of the adapters too")
     options = parser.parse_args()
     make(options.folder, options.count)
+    if options.parity:
+        record_answers(options.folder, options.count)

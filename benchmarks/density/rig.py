@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from benchmarks.density import processes
 from tests.gateway.gateway_rig import (
     GATEWAY_KEYS,
     OWN_NAMESPACE,
@@ -45,6 +47,7 @@ from tunesmith.contracts.agent import (
     pod_tokens,
 )
 from tunesmith.contracts.apikey import key_record, new_key
+from tunesmith.contracts.parity import PARITY_FILE, PARITY_ROWS_FILE
 from tunesmith.contracts.podevents import EventReader
 from tunesmith.serving.placement import DesiredRevision, PlacementPod, place
 
@@ -55,20 +58,36 @@ Object = dict[str, Any]
 NAMESPACE = "team"
 SLOTS = 8
 CAPACITY = 512
-START_SECONDS = 900.0
+START_SECONDS = 1800.0
 _TICK_SECONDS = 2.0
+_PARITY_FILES = shutil.ignore_patterns(PARITY_FILE, PARITY_ROWS_FILE)
 _ENGINE = [
     *("--max-lora-rank", "8", "--kv-cache-memory-bytes", str(256 * 2**20), "--max-model-len", "512"),
     *("--dtype", "float32", "--max-num-seqs", "64", "--enable-lora"),
 ]
 
 
-def artifacts(made: Path, fingerprint: str, store: S3Server, count: int) -> list[Object]:
-    """Publish the first `count` adapters, and return their entries of a desired list."""
+def artifacts(
+    made: Path, fingerprint: str, store: S3Server, count: int, *, prefix: str = "a", parity: bool = True
+) -> list[Object]:
+    """Publish the first `count` adapters, and return their entries of a desired list.
+
+    Args:
+        made: folder with the adapters.
+        fingerprint: fingerprint of the base model.
+        store: store to publish to.
+        count: number of adapters.
+        prefix: prefix of their names.
+        parity: True to publish the expected answers that they have.
+    """
     entries = []
     for number in range(count):
         folder = made / "adapters" / f"{number:04d}"
-        entries.append(Artifact(folder, fingerprint, rank=8).publish(store, NAMESPACE, f"a{number:04d}"))
+        if not parity:
+            folder = shutil.copytree(
+                folder, made / "without-parity" / f"{number:04d}", ignore=_PARITY_FILES, dirs_exist_ok=True
+            )
+        entries.append(Artifact(folder, fingerprint, rank=8).publish(store, NAMESPACE, f"{prefix}{number:04d}"))
     return entries
 
 
@@ -167,25 +186,26 @@ class ServingPod:
 
 
 class Plain:
-    """vLLM alone, with all adapters."""
+    """vLLM alone, with the adapters of some numbers."""
 
-    def __init__(self, folder: Path, base: Path, count: int, slots: int, threads: int) -> None:
+    def __init__(self, folder: Path, base: Path, numbers: Sequence[int], slots: int, threads: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.numbers = numbers
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         arguments = [
             *("--served-model-name", "base", "--port", str(self.port), "--host", "127.0.0.1"),
-            *("--max-loras", str(slots), "--max-cpu-loras", str(max(count, slots))),
+            *("--max-loras", str(slots), "--max-cpu-loras", str(max(len(numbers), slots))),
         ]
         command = [str(vllm_program()), "serve", str(base), *_ENGINE, *arguments]
         # Threads that wait for each other actively take the cores that other processes need.
         variables = engine_variables() | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         self.engine = Container(command, variables, folder / "engine.log")
 
-    async def load(self, http: aiohttp.ClientSession, made: Path, count: int) -> float:
-        """Load the first `count` adapters, and return the seconds that it took."""
+    async def load(self, http: aiohttp.ClientSession, made: Path) -> float:
+        """Load the adapters, and return the seconds that it took."""
         started = time.monotonic()
-        for number in range(count):
+        for number in self.numbers:
             body = {"lora_name": f"a{number:04d}", "lora_path": str(made / "adapters" / f"{number:04d}")}
             async with http.post(f"{self.url}/v1/load_lora_adapter", json=body) as response:
                 if response.status != 200:  # noqa: PLR2004 - HTTP
@@ -309,15 +329,37 @@ def memory(*containers: Container) -> dict[str, int]:
     return found
 
 
+def usage_of(name: str, *containers: Container) -> processes.Usage:
+    """Return the processor seconds of all processes of containers so far, by process, with a prefix."""
+    found = processes.Usage()
+    for container in containers:
+        for process, seconds in processes.of_group(container.group).items():
+            key = f"{name}: {process}"
+            found[key] = found.get(key, 0.0) + seconds
+    return found
+
+
+def usage(pods: Sequence[ServingPod], gateway: Gateway | None = None, store: S3Server | None = None) -> processes.Usage:
+    """Return the processor seconds of pods, their gateway and their store so far."""
+    found = usage_of("engine", *(pod.engine for pod in pods))
+    found.update(usage_of("agent", *(pod.agent for pod in pods)))
+    if gateway is not None:
+        found["gateway"] = processes.of_process(gateway.process.pid)
+    if store is not None:
+        found["store"] = processes.of_process(store.process_id)
+    return found
+
+
 def disk(folder: Path) -> int:
     """Return the bytes of a folder's files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def make(folder: Path, count: int) -> None:
-    """Make the base and the adapters in the trainer's environment."""
+def make(folder: Path, count: int, *, parity: bool = False) -> None:
+    """Make the base and the adapters in the trainer's environment; `parity`: with their expected answers."""
     python = REPOSITORY / "trainer-image/.venv/bin/python"
     program = Path(__file__).with_name("make_adapters.py")
-    done = subprocess.run([python, "-W", "ignore", program, folder, f"--count={count}"], check=False)
+    command = [python, "-W", "ignore", program, folder, f"--count={count}", *["--parity"] * parity]
+    done = subprocess.run(command, check=False)
     if done.returncode:
         sys.exit(f"{program} failed")

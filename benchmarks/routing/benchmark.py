@@ -117,7 +117,7 @@ class World:
         await gateway.start(self._entries, "--no-access-log", program="benchmarks.routing.gateway")
         try:
             await healthy(self._http, gateway.url, self._pods[0].engine)
-            self._endpoint = load.Endpoint(gateway.url, gateway.key, lambda number: f"team/a{number:04d}")
+            self._endpoint = load.Endpoint(lambda _: gateway.url, gateway.key, lambda number: f"team/a{number:04d}")
             # The gateway holds requests until it has read the pods' streams.
             outcome = Outcome()
             await self.ask(0, outcome, prompt="Ahoy", max_tokens=1)
@@ -133,7 +133,7 @@ class World:
         path = "chat/completions" if "messages" in fields else "completions"
         headers = {"Authorization": f"Bearer {self._endpoint.key}"}
         started, first = time.monotonic(), None
-        async with self._http.post(f"{self._endpoint.url}/v1/{path}", json=body, headers=headers) as response:
+        async with self._http.post(f"{self._endpoint.url(number)}/v1/{path}", json=body, headers=headers) as response:
             if response.status != 200:  # noqa: PLR2004 - HTTP
                 outcome.failed.append(f"{response.status} {(await response.text())[:200]}")
                 return

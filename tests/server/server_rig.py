@@ -148,6 +148,10 @@ class S3Server:
             use_listings_cache=False,
         )
 
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
