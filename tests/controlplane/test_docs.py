@@ -66,6 +66,7 @@ ELSEWHERE = {
     "docs/how-to/split-traffic.md": "asks an adapter that is being rolled out",
     "docs/how-to/clients.md": "asks an adapter of the reader's own: tests/gateway/test_clients.py",
     "docs/how-to/parity.md": "asks an adapter of the reader's own",
+    "docs/how-to/simulate.md": "needs the requests of the reader's own gateways: tests/cli/test_simulate.py",
     "docs/how-to/clean-the-store.md": "tests/controlplane/test_gc.py",
     "docs/how-to/gates.md": "asks a job of the reader's own",
     "docs/how-to/metrics.md": "asks running pods",

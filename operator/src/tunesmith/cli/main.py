@@ -25,6 +25,7 @@ from tunesmith.cli.logs import logs
 from tunesmith.cli.models import models
 from tunesmith.cli.output import note, print_line, single_line
 from tunesmith.cli.run import run
+from tunesmith.cli.simulate import simulate_
 from tunesmith.cli.status import status
 from tunesmith.cli.submit import submit
 from tunesmith.cli.wait import wait
@@ -57,6 +58,7 @@ app.command()(models)
 app.command()(chat)
 app.command()(run)
 app.command()(estimate)
+app.command("simulate")(simulate_)
 app.command()(gc)
 app.add_typer(data.app, name="data")
 app.add_typer(artifact.app, name="artifact")
