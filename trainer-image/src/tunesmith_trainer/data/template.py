@@ -69,13 +69,16 @@ def _refuse_chance(*_: object, **__: object) -> str:
 
 
 def _bounded(parts: Iterable[str]) -> Iterator[str]:
-    """Yield the parts of a text; raise TemplateError if they are too long for the memory."""
-    iterator, size = iter(parts), 0
-    while some := list(itertools.islice(iterator, _PARTS_AT_ONCE)):
-        size += sum(map(len, some))
+    """Yield the parts of a text; raise TemplateError if they are too long for the memory.
+
+    It reads no part ahead: transformers locates answers by the parts that were read when their block begins and ends.
+    """
+    size = 0
+    for part in parts:
+        size += len(part)
         if size > MAX_ROW_CHARACTERS:
             raise TemplateError(f"its text has more than {MAX_ROW_CHARACTERS} characters")
-        yield from some
+        yield part
 
 
 def _joined(parts: Iterable[str]) -> str:
