@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from datetime import timedelta
 from math import ceil
 from typing import TYPE_CHECKING, Protocol
 
@@ -102,7 +103,6 @@ class State:
     """What a policy may read: the demand and the pods at one moment."""
 
     def __init__(self, models: Sequence[str]) -> None:
-        self.models = models
         self.demand: dict[str, int] = dict.fromkeys(models, 0)
         """Requests running or waiting."""
         self.pods: list[_Pod] = []
@@ -160,7 +160,7 @@ class Tunesmith:
 
     def _decide(self, now: float, model: str, state: State) -> None:
         rule, window, requests = self._rules[model], self._windows[model], state.demand[model]
-        low = minimum(rule, self._start) if not rule.schedules else minimum(rule, self._clock(now))
+        low = minimum(rule, self._clock(now))
         if now > window.newest.at:
             window.add(Sample(now, requests), rule.scale_down_delay_seconds)
         self._copies[model] = decide_copies(window, self._copies[model], rule, low).replicas
@@ -178,11 +178,7 @@ class Tunesmith:
         return self._pods, self._copies
 
     def _clock(self, now: float) -> datetime:
-        return (
-            self._start
-            if not self._pool.schedules and not any(r.schedules for r in self._rules.values())
-            else (self._start.fromtimestamp(self._start.timestamp() + now, self._start.tzinfo))
-        )
+        return self._start + timedelta(seconds=now)
 
 
 class Fixed:
