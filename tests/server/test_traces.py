@@ -106,7 +106,7 @@ async def test_a_trace_reaches_the_collector_from_the_gateway_and_the_engine(
             tmp_path / "pod-1",
             base,
             store,
-            4,
+            8,
             2**30,
             options=("--otlp-traces-endpoint", f"{endpoint}/v1/traces"),
             variables={"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_SERVICE_NAME": "vllm"},

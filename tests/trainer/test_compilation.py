@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -234,11 +235,14 @@ def test_a_job_with_compiled_layers_has_the_curve_and_the_adapter_of_one_without
         assert ran.result.resolved is not None
         assert ran.result.resolved.torch_compile is compiled
         assert any("compiled" in line and "layers" in line for line in ran.lines) is compiled
-        curves.append((output / "metrics.csv").read_text().splitlines())
+        with (output / "metrics.csv").open() as file:
+            curves.append([float(row["loss"]) for row in csv.DictReader(file) if row["loss"]])
         adapters.append(load_file(output / "artifact/adapter_model.safetensors"))
-    assert len(curves[0]) == len(curves[1]) > 4
+    assert len(curves[0]) == len(curves[1]) == 4
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     for name, tensor in adapters[0].items():
-        assert float((adapters[1][name] - tensor).norm()) <= 1e-4 * float(tensor.norm()), name
+        # AdamW turns a rounding error of a gradient near zero into a step of the learning rate.
+        assert float((adapters[1][name] - tensor).norm()) <= 1e-3 * float(tensor.norm()), name
 
 
 def test_a_job_that_requires_compilation_fails_where_it_is_not_possible(
