@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tunesmith.api.autoscaling import AdapterAutoscaling, PoolAutoscaling
-from tunesmith.autoscale.decide import Decision, decide_copies, decide_pods, loaded_pods, pods_for_copies
+from tunesmith.autoscale.decide import (
+    Decision,
+    decide_copies,
+    decide_pods,
+    loaded_pods,
+    pods_for_copies,
+    seconds_until_next,
+)
+from tunesmith.autoscale.demand import Demand, demand_of
 from tunesmith.autoscale.schedule import Minimum
 from tunesmith.autoscale.window import Sample, Window
 
@@ -257,7 +265,7 @@ def test_means_are_weighted_by_time() -> None:
         at += random_source.choice([0.5, 1.0, 7.0])
         steps.append((at, random_source.randint(0, 20)))
         window.add(Sample(*steps[-1]), 120)
-        for seconds, mean in ((60.0, window.stable("requests")), (6.0, window.panic("requests"))):
+        for seconds, mean in ((60.0, window.stable.load), (6.0, window.panic.load)):
             start = max(steps[0][0], at - seconds)
             ends = [*(step[0] for step in steps[1:]), at]
             held = sum(
@@ -333,3 +341,61 @@ def test_a_pool_grows_for_active_adapters_that_wait_for_slots() -> None:
     window = Window()
     window.add(Sample(0.0, 5, active=5), 60)
     assert loaded_pods(window, POOL, slots=4) == 2
+
+
+def starting_pool(seconds: int, service_seconds: float, *, known: bool = True) -> list[int]:
+    """Pods of a pool that gets 5 requests per second of `service_seconds` each, and whose pods take 90 s to start."""
+    rule = POOL.model_copy(update={"min_replicas": 0, "max_replicas": 50})
+    window, pods, started, waiting, running, found = Window(), 0, {}, 0.0, 0.0, []
+    for second in range(seconds):
+        ready = sum(1 for at in started.values() if at <= second)
+        done = running / service_seconds
+        admitted = min(waiting + 5.0, ready * 16 - running + done)
+        waiting, running = waiting + 5.0 - max(0.0, admitted), running - done + max(0.0, admitted)
+        demand = demand_of(round(running), round(waiting), 5.0, service_seconds if known else None)
+        window.add(Sample.of(demand, float(second)), rule.scale_down_delay_seconds)
+        pods = decide_pods(window, pods, rule, Minimum(0), "", slots=8).replicas
+        started = {pod: started.get(pod, second + 90) for pod in range(pods)}
+        found.append(pods)
+    return found
+
+
+def test_requests_that_wait_for_a_start_do_not_each_need_a_place() -> None:
+    assert max(starting_pool(600, 2.0)) <= 3, "10 requests at once need one pod, and two drain the backlog"
+    assert max(starting_pool(600, 2.0, known=False)) > 20
+    assert starting_pool(600, 2.0)[-1] == 1
+    assert max(starting_pool(600, 12.8)) <= 20, "64 requests at once need four pods"
+    assert starting_pool(600, 12.8)[-1] in {4, 5}
+
+
+def test_short_requests_that_no_sample_sees_keep_an_adapter() -> None:
+    window, current = Window(), 1
+    for second in range(200):
+        window.add(Sample.of(demand_of(0, 0, 0.5, 0.05), float(second)), TO_ZERO.scale_down_delay_seconds)
+        current = decide_copies(window, current, TO_ZERO, Minimum(0)).replicas
+    assert current == 1
+
+
+@pytest.mark.parametrize(
+    ("demand", "copies", "seconds"),
+    [
+        (demand_of(0, 0, 0.0, None), 0, 9.0),
+        (demand_of(0, 0, 0.0, None), 1, 9.0),
+        (demand_of(0, 0, 0.0, None), 2, 1.0),
+        (demand_of(3, 0, 0.0, None), 1, 3.0),
+        (demand_of(3, 2, 0.0, None), 1, 1.0),
+        (demand_of(0, 0, 0.5, 20.0), 1, 1.0),
+        (demand_of(0, 1, 0.0, None), 0, 1.0),
+    ],
+)
+def test_adapters_are_decided_as_often_as_something_may_change(demand: Demand, copies: int, seconds: float) -> None:
+    window = Window()
+    window.add(Sample.of(demand, 0.0), 10)
+    assert seconds_until_next(window, copies, TO_ZERO, Minimum(0)) == seconds
+
+
+def test_the_last_copy_is_decided_when_its_idle_time_ends() -> None:
+    window = Window()
+    for second in (0.0, 9.0, 18.0, 27.0):
+        window.add(Sample(second, 0), 10)
+    assert seconds_until_next(window, 1, TO_ZERO, Minimum(0)) == 3.0

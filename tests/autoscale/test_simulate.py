@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 import pytest
 
 from tunesmith.api.autoscaling import AdapterAutoscaling, PoolAutoscaling
-from tunesmith.autoscale.simulate import Arrival, Fixed, Hpa, Timing, Tunesmith, simulate
+from tunesmith.autoscale.policies import Fixed, Hpa, Tunesmith
+from tunesmith.autoscale.simulate import Arrival, Timing, simulate
 
 START = datetime(2026, 11, 30, tzinfo=UTC)
 TIMING = Timing(start_seconds=30.0, load_seconds=2.0, concurrency=4, capacity=8, slots=8, gpus=2)

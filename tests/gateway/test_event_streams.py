@@ -297,7 +297,7 @@ async def test_sequences_count_in_demand_and_load(start: Start) -> None:
     assert [backend.in_flight for backend in rig.gateway.backends._by_uid.values()] == [5]
     rig.pods[0].gate.set()
     assert (await request)[0] == 200
-    assert not rig.gateway.demand.snapshot().models
+    assert not rig.gateway.demand.running
 
 
 @pytest.mark.parametrize(

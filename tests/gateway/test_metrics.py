@@ -106,4 +106,4 @@ async def test_requests_are_answered_during_a_scrape_of_many_models(rig: Rig) ->
     assert (await rig.chat("pirate"))[0] == 200
     answered.set()
     assert await scraping
-    await eventually(lambda: not rig.gateway.demand.snapshot().models, "nothing runs")
+    await eventually(lambda: not rig.gateway.demand.running, "nothing runs")

@@ -125,7 +125,7 @@ async def test_the_engine_request_is_closed_when_the_client_disconnects(rig: Rig
     await eventually(lambda: pod.running == 1, "the engine works on it")
     request.cancel()
     await eventually(lambda: pod.disconnected == 1 and pod.running == 0, "the engine saw the client leave")
-    await eventually(lambda: not rig.gateway.demand.snapshot().models, "the demand is gone")
+    await eventually(lambda: not rig.gateway.demand.running, "the demand is gone")
 
 
 async def test_the_newest_revision_that_a_pod_holds_answers(rig: Rig) -> None:

@@ -70,7 +70,7 @@ async def test_a_request_is_mirrored_and_the_answers_are_compared(shadowed: Rig,
     assert mirrored == {**served, "model": NEW}
     assert not rig.pods[1].seen
     assert not rig.pods[0].mirrored
-    assert not rig.gateway.demand.snapshot().models
+    assert not rig.gateway.demand.running
     async with rig.http.post(f"{rig.url}/v1/chat/completions", json=body, headers=headers) as response:
         remaining = int(response.headers["x-ratelimit-remaining-tokens"])
         await response.read()

@@ -9,26 +9,50 @@ from tunesmith.contracts.agent import GATEWAY_INTERNAL_PORT
 from tunesmith.contracts.traffic import MAX_COMPARISONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from tunesmith.contracts.agent import GatewayDemand
+    from tunesmith.contracts.agent import AdapterDemand, GatewayDemand
     from tunesmith.contracts.traffic import Comparison
 
 _REPORT_SILENCE_SECONDS = 10.0
 """Seconds of silence after which a gateway is reported; a shorter silence only keeps sizes from shrinking."""
+DRAIN_SECONDS = 30.0
+"""Time in which waiting requests are to be served. While a pod starts they accumulate; if each of them needed a place
+of its own, as running ones do, a slow start would create many more pods than the arrivals need."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Requests running and waiting for some models at one moment.
+    """Requests for some models at one moment.
 
-    `active`: number of models with requests. `complete`: True if every gateway reported. Otherwise the figures are
-    lower bounds: they may raise a size but never lower one.
+    Attributes:
+        requests: those running and waiting.
+        complete: True if every gateway reported. Otherwise the figures are lower bounds: they may raise a size but
+            never lower one.
+        active: number of models with requests.
+        running: requests on pods.
+        offered: requests that would be on pods at once if none had to wait, by Little's law: the arrival rate times the
+            service time; 0 where the service time is not known yet.
+        backlog: requests on pods at once that are needed to serve the waiting ones within `DRAIN_SECONDS`.
     """
 
     requests: int = 0
     complete: bool = False
     active: int = 0
+    running: int = 0
+    offered: float = 0.0
+    backlog: float = 0.0
+
+    def __add__(self, other: Demand) -> Demand:
+        """Return the demand for both sets of models, which have none in common."""
+        return Demand(
+            self.requests + other.requests,
+            self.complete and other.complete,
+            self.active + other.active,
+            self.running + other.running,
+            self.offered + other.offered,
+            self.backlog + other.backlog,
+        )
 
 
 @dataclass
@@ -37,8 +61,8 @@ class _Gateway:
     last_report_at: float
     """Time of the last line, in seconds on a monotonic clock; before the first line, time at which the gateway
     appeared."""
-    counts: Mapping[str, int] | None = None
-    """Requests by global id; None before the first line."""
+    models: Mapping[str, AdapterDemand] | None = None
+    """Latest line's demand by global id; None before the first line."""
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     """Latest comparison of each shadow, by its name in the engine."""
     error: str = ""
@@ -73,11 +97,11 @@ class DemandTracker:
         gateway = self._gateways.get(uid)
         if gateway is None:
             return
-        before = gateway.counts or {}
+        before = gateway.models or {}
         gateway.last_report_at, gateway.error = now, ""
-        gateway.counts = {model: demand.running + demand.waiting for model, demand in line.models.items()}
-        for model, count in gateway.counts.items():
-            if count and not before.get(model):
+        gateway.models = line.models
+        for model, demand in line.models.items():
+            if _requests(demand) and not (model in before and _requests(before[model])):
                 self._on_first_requests(model)
         gateway.comparisons |= line.comparisons
         while len(gateway.comparisons) > MAX_COMPARISONS:
@@ -97,16 +121,26 @@ class DemandTracker:
             if engine_name in gateway.comparisons
         }
 
-    def read(self, models: Iterable[str], now: float) -> Demand:
+    def read(self, models: Collection[str], now: float) -> Demand:
         """Return the requests for some models, from gateways with a line in the last `silence_seconds`."""
         fresh = [
-            gateway.counts
+            gateway.models
             for gateway in self._gateways.values()
-            if gateway.counts is not None and now - gateway.last_report_at <= self._silence
+            if gateway.models is not None and now - gateway.last_report_at <= self._silence
         ]
         complete = bool(fresh) and len(fresh) == len(self._gateways)
-        by_model = [sum(counts.get(model, 0) for counts in fresh) for model in models]
-        return Demand(sum(by_model), complete, sum(1 for count in by_model if count))
+        found: dict[str, list[AdapterDemand]] = {}
+        for line in fresh:
+            if len(models) == 1:
+                names: Iterable[str] = (model for model in models if model in line)
+            else:
+                names = line.keys() & models
+            for model in names:
+                found.setdefault(model, []).append(line[model])
+        total = Demand(complete=complete)
+        for reports in found.values():
+            total += _sum(reports)
+        return total
 
     def unknown_reason(self, now: float) -> str | None:
         """Return a sentence on why demand is not completely known; None if it is, or was until a moment ago."""
@@ -130,3 +164,37 @@ class DemandTracker:
             gateway for gateway in self._gateways.values() if now - gateway.last_report_at > _REPORT_SILENCE_SECONDS
         )
         return sorted(silent, key=lambda gateway: gateway.name)
+
+
+def demand_of(running: int, waiting: int, rate: float, service_seconds: float | None) -> Demand:
+    """Return the demand for one model.
+
+    Args:
+        running: requests on pods.
+        waiting: requests in gateways.
+        rate: requests that arrive per second.
+        service_seconds: mean time of a request on a pod; None if it is not known yet.
+    """
+    share = 1.0 if service_seconds is None else min(1.0, service_seconds / DRAIN_SECONDS)
+    requests = running + waiting
+    offered = rate * (service_seconds or 0.0)
+    return Demand(
+        requests, complete=True, active=int(requests > 0), running=running, offered=offered, backlog=waiting * share
+    )
+
+
+def _sum(reports: Sequence[AdapterDemand]) -> Demand:
+    """Return the demand for one model over gateways, of which some may not know its service time yet."""
+    rate = sum(report.arrival_rate for report in reports)
+    known = [report for report in reports if report.service_seconds is not None]
+    weight = sum(report.arrival_rate for report in known)
+    seconds = None
+    if known:
+        parts = [(report.arrival_rate if weight else 1.0, report.service_seconds or 0.0) for report in known]
+        seconds = sum(share * value for share, value in parts) / sum(share for share, _ in parts)
+    running, waiting = sum(report.running for report in reports), sum(report.waiting for report in reports)
+    return demand_of(running, waiting, rate, seconds)
+
+
+def _requests(demand: AdapterDemand) -> int:
+    return demand.running + demand.waiting

@@ -2,37 +2,25 @@
 
 The model: a pod serves its first request `start_seconds` after it was created, and an adapter `load_seconds` after it
 was placed on a ready pod. A pod computes at most `concurrency` requests at once, and each takes the time that the trace
-says. Further requests wait, first come, first served. A pod that is removed finishes its requests first. GPU-hours
-count from the creation of a pod to its end.
+says. Requests for at most `slots` adapters compute on a pod at once. Further requests wait, first come, first served.
+A pod that is removed finishes its requests first. GPU-hours count from the creation of a pod to its end.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
-from datetime import timedelta
-from math import ceil
 from typing import TYPE_CHECKING, Protocol
 
-from tunesmith.autoscale.decide import decide_copies, decide_pods, pods_for_copies
-from tunesmith.autoscale.schedule import minimum
-from tunesmith.autoscale.window import Sample, Window
+from tunesmith.autoscale.demand import Demand, demand_of
+from tunesmith.contracts.load import NEGLIGIBLE_RATE, Load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from datetime import datetime
+    from collections.abc import Mapping, Sequence
 
-    from tunesmith.api.autoscaling import Autoscaling
-
-IDLE_TICK_SECONDS = 9.0
-"""Time between two decisions about an adapter that is at its minimum and has no requests, as in the operator."""
-HPA_SECONDS = 15.0
-HPA_TOLERANCE = 0.1
-HPA_DOWN_SECONDS = 300.0
-"""Defaults of Kubernetes' HorizontalPodAutoscaler: period, tolerance and stabilisation window for scaling down."""
-_DECIDE, _READY, _END, _ARRIVE = range(4)
-"""Kinds of events, in the order in which events of the same time happen."""
+_READY, _END, _LEAVE = range(3)
+"""Kinds of events, in the order in which events of the same time happen; decisions are before, arrivals after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,27 +83,76 @@ class _Pod:
     ready_at: float
     running: int = 0
     leaving: bool = False
+    serves_until: float = float("inf")
+    """Time at which a pod that is removed stops accepting requests."""
     adapters: dict[str, float] = field(default_factory=dict)
     """Times from which its adapters answer."""
+    active: dict[str, int] = field(default_factory=dict)
+    """Running requests by adapter."""
 
 
 class State:
     """What a policy may read: the demand and the pods at one moment."""
 
     def __init__(self, models: Sequence[str]) -> None:
-        self.demand: dict[str, int] = dict.fromkeys(models, 0)
-        """Requests running or waiting."""
         self.pods: list[_Pod] = []
         """Pods that are not leaving."""
-
-    @property
-    def requests(self) -> int:
+        self.running: Counter[str] = Counter()
+        self.waiting: Counter[str] = Counter()
+        self.requests = 0
         """Requests running or waiting, over all models."""
-        return sum(self.demand.values())
+        self._loads = {model: Load() for model in models}
+        self._arriving: set[str] = set()
+        self._arrived: Counter[str] = Counter()
+
+    def demand(self, now: float, model: str) -> Demand:
+        """Return the demand for a model, as a gateway measures it."""
+        load = self._loads[model]
+        rate = load.rate(now)
+        return demand_of(
+            self.running[model],
+            self.waiting[model],
+            rate if rate >= NEGLIGIBLE_RATE else 0.0,
+            load.service_seconds,
+        )
+
+    def total(self, now: float) -> Demand:
+        """Return the demand for all models."""
+        total = Demand(complete=True)
+        for model in list(self._arriving):
+            demand = self.demand(now, model)
+            total += demand
+            if not demand.requests and not demand.offered and self._loads[model].rate(now) < NEGLIGIBLE_RATE:
+                self._arriving.discard(model)
+        return total
+
+    def take_arrivals(self) -> Mapping[str, int]:
+        """Return the requests that arrived since the last call, by model."""
+        arrived, self._arrived = self._arrived, Counter()
+        return arrived
 
     def ready_pods(self, now: float) -> int:
         """Return the number of pods that serve."""
         return sum(1 for pod in self.pods if pod.ready_at <= now)
+
+    def arrive(self, now: float, model: str) -> None:
+        """Record a new request."""
+        self._loads[model].arrive(1, now)
+        self._arriving.add(model)
+        self._arrived[model] += 1
+        self.waiting[model] += 1
+        self.requests += 1
+
+    def start(self, model: str) -> None:
+        """Record that a pod accepted a request."""
+        self.waiting[model] -= 1
+        self.running[model] += 1
+
+    def finish(self, now: float, model: str, seconds: float) -> None:
+        """Record that a pod finished a request."""
+        self._loads[model].finish(1, seconds, now)
+        self.running[model] -= 1
+        self.requests -= 1
 
 
 class Policy(Protocol):
@@ -126,102 +163,6 @@ class Policy(Protocol):
 
     def wake(self, now: float, model: str, state: State) -> tuple[int, Mapping[str, int]] | None:
         """Return new sizes on the first request for a model without copies; None if they wait for the next second."""
-
-
-class Tunesmith:
-    """The operator's decisions: copies by adapter, then pods.
-
-    Args:
-        start: time of the trace's start, for schedules.
-        pool: rule of the pool.
-        adapters: rules by model.
-        timing: capacity and slots of the pods.
-    """
-
-    def __init__(self, start: datetime, pool: Autoscaling, adapters: Mapping[str, Autoscaling], timing: Timing) -> None:
-        self._start, self._pool, self._rules, self._timing = start, pool, adapters, timing
-        self._windows = {model: Window() for model in adapters}
-        self._window = Window()
-        self._copies = {model: minimum(rule, start).replicas for model, rule in adapters.items()}
-        self._due = dict.fromkeys(adapters, 0.0)
-        self._pods: int | None = None
-
-    def sizes(self, now: float, state: State) -> tuple[int, Mapping[str, int]]:
-        """Decide about the adapters that are due, and about the pool."""
-        for model, due in self._due.items():
-            if due <= now:
-                self._decide(now, model, state)
-        return self._decided(now, state)
-
-    def wake(self, now: float, model: str, state: State) -> tuple[int, Mapping[str, int]]:
-        """Decide about one adapter at once, and about the pool."""
-        self._decide(now, model, state)
-        return self._decided(now, state)
-
-    def _decide(self, now: float, model: str, state: State) -> None:
-        rule, window, requests = self._rules[model], self._windows[model], state.demand[model]
-        low = minimum(rule, self._clock(now))
-        if now > window.newest.at:
-            window.add(Sample(now, requests), rule.scale_down_delay_seconds)
-        self._copies[model] = decide_copies(window, self._copies[model], rule, low).replicas
-        idle = not requests and self._copies[model] <= low.replicas
-        self._due[model] = now + (IDLE_TICK_SECONDS if idle else 1.0)
-
-    def _decided(self, now: float, state: State) -> tuple[int, Mapping[str, int]]:
-        floor, why = pods_for_copies(self._copies, self._timing.capacity)
-        active = sum(1 for count in state.demand.values() if count)
-        if now > self._window.newest.at:
-            sample = Sample(now, state.requests, floor=floor, active=active)
-            self._window.add(sample, self._pool.scale_down_delay_seconds)
-        low = minimum(self._pool, self._clock(now))
-        self._pods = decide_pods(self._window, self._pods, self._pool, low, why, self._timing.slots).replicas
-        return self._pods, self._copies
-
-    def _clock(self, now: float) -> datetime:
-        return self._start + timedelta(seconds=now)
-
-
-class Fixed:
-    """A pool of one size, whose pods all hold every adapter."""
-
-    def __init__(self, pods: int, models: Iterable[str]) -> None:
-        self._sizes = pods, dict.fromkeys(models, pods)
-
-    def sizes(self, now: float, state: State) -> tuple[int, Mapping[str, int]]:  # noqa: ARG002 - of the protocol
-        """Return the same sizes always."""
-        return self._sizes
-
-    def wake(self, now: float, model: str, state: State) -> None:
-        """Wait for the next second."""
-
-
-class Hpa:
-    """One HorizontalPodAutoscaler on the pool's requests per pod, whose pods all hold every adapter."""
-
-    def __init__(self, target: float, lowest: int, highest: int, models: Iterable[str]) -> None:
-        self._target, self._lowest, self._highest = target, max(1, lowest), highest
-        self._models = tuple(models)
-        self._pods, self._due = self._lowest, 0.0
-        self._wanted: deque[tuple[float, int]] = deque()
-
-    def sizes(self, now: float, state: State) -> tuple[int, Mapping[str, int]]:
-        """Decide every 15 s."""
-        if now >= self._due:
-            self._due = now + HPA_SECONDS
-            ready = max(1, state.ready_pods(now))
-            ratio = state.requests / ready / self._target
-            wanted = self._pods if abs(ratio - 1) <= HPA_TOLERANCE else ceil(ratio * ready)
-            self._wanted.append((now, wanted))
-            while self._wanted[0][0] < now - HPA_DOWN_SECONDS:
-                self._wanted.popleft()
-            # Growth by at most 4 pods or 100 % per period; shrinking to the highest wish of the window.
-            grown = min(wanted, max(self._pods + 4, 2 * self._pods))
-            size = grown if wanted > self._pods else max(value for _, value in self._wanted)
-            self._pods = max(self._lowest, min(self._highest, size if wanted > self._pods else min(self._pods, size)))
-        return self._pods, dict.fromkeys(self._models, self._pods)
-
-    def wake(self, now: float, model: str, state: State) -> None:
-        """Wait for the next second."""
 
 
 def simulate(trace: Sequence[Arrival], policy: Policy, timing: Timing, seconds: float | None = None) -> Outcome:
@@ -242,30 +183,39 @@ class _Run:
     def __init__(self, models: Sequence[str], policy: Policy, timing: Timing) -> None:
         self._policy, self._timing = policy, timing
         self._state = State(models)
-        self._copies: Mapping[str, int] = {}
         self._events: list[tuple[float, int, int, object]] = []
         self._count = 0
-        self._waiting: dict[str, deque[Arrival]] = defaultdict(deque)
+        self._queues: dict[str, deque[Arrival]] = {}
+        """Waiting requests; models without any have no entry."""
         self._holders: dict[str, set[_Pod]] = defaultdict(set)
         self._leaving: list[_Pod] = []
+        self._applied: tuple[Mapping[str, int] | None, int] = (None, -1)
+        """The latest copies, and the version of the pods on which they are placed."""
+        self._version = 0
         self._waits: list[float] = []
         self._sizes: list[tuple[float, int]] = []
         self._desired, self._changes, self._pod_seconds, self._number = -1, 0, 0.0, 0
 
     def outcome(self, trace: Sequence[Arrival], end: float) -> Outcome:
-        for second in range(ceil(end)):
-            self._push(float(second), _DECIDE, None)
-        for arrival in trace:
-            self._push(arrival.at, _ARRIVE, arrival)
-        now = 0.0
-        while self._events:
-            now, kind, _, what = heapq.heappop(self._events)
-            if now > end:
+        arrivals, due = iter(trace), 0
+        arrival = next(arrivals, None)
+        while True:
+            event = self._events[0][0] if self._events else end
+            now = min(event, float(due), arrival.at if arrival is not None else end)
+            if now >= end:
                 break
-            self._handle(now, kind, what)
+            if due <= now:
+                self._apply(now, self._policy.sizes(now, self._state))
+                due += 1
+            elif event <= now:
+                _, kind, _, what = heapq.heappop(self._events)
+                self._handle(now, kind, what)
+            elif arrival is not None:
+                self._arrive(now, arrival)
+                arrival = next(arrivals, None)
         for pod in (*self._state.pods, *self._leaving):
             self._pod_seconds += end - pod.created
-        unserved = sum(len(queue) for queue in self._waiting.values())
+        unserved = sum(len(queue) for queue in self._queues.values())
         hours = self._pod_seconds * max(1, self._timing.gpus) / 3600
         return Outcome(hours, sorted(self._waits), unserved, self._sizes, self._changes)
 
@@ -274,27 +224,38 @@ class _Run:
         heapq.heappush(self._events, (at, kind, self._count, what))
 
     def _handle(self, now: float, kind: int, what: object) -> None:
-        if kind == _DECIDE:
-            self._apply(now, self._policy.sizes(now, self._state))
-        elif kind == _ARRIVE and isinstance(what, Arrival):
-            self._state.demand[what.model] += 1
-            self._waiting[what.model].append(what)
-            if not self._holders[what.model]:
-                woken = self._policy.wake(now, what.model, self._state)
-                if woken is not None:
-                    self._apply(now, woken)
-            self._dispatch(now, what.model)
-        elif kind == _END and isinstance(what, tuple):
-            pod, model = what
+        if kind == _END and isinstance(what, tuple):
+            pod, model, seconds = what
             pod.running -= 1
-            self._state.demand[model] -= 1
-            if pod.leaving and not pod.running:
-                self._leaving.remove(pod)
-                self._pod_seconds += now - pod.created
-            elif not pod.leaving:
+            pod.active[model] -= 1
+            if not pod.active[model]:
+                del pod.active[model]
+            self._state.finish(now, model, seconds)
+            if pod.serves_until <= now:
+                self._end_if_empty(now, pod)
+            else:
                 self._dispatch_oldest(now, pod)
-        elif kind == _READY and isinstance(what, _Pod) and not what.leaving:
+        elif kind == _LEAVE and isinstance(what, _Pod):
+            for model in what.adapters:
+                self._holders[model].discard(what)
+            self._end_if_empty(now, what)
+        elif kind == _READY and isinstance(what, _Pod):
             self._dispatch_oldest(now, what)
+
+    def _end_if_empty(self, now: float, pod: _Pod) -> None:
+        if not pod.running and pod in self._leaving:
+            self._leaving.remove(pod)
+            self._pod_seconds += now - pod.created
+
+    def _arrive(self, now: float, arrival: Arrival) -> None:
+        model = arrival.model
+        self._state.arrive(now, model)
+        self._queues.setdefault(model, deque()).append(arrival)
+        if not self._holders[model]:
+            woken = self._policy.wake(now, model, self._state)
+            if woken is not None:
+                self._apply(now, woken)
+        self._dispatch(now, model)
 
     def _apply(self, now: float, sizes: tuple[int, Mapping[str, int]]) -> None:
         pods, copies = sizes
@@ -306,64 +267,85 @@ class _Run:
             self._number += 1
             pod = _Pod(self._number, now, now + self._timing.start_seconds)
             state.pods.append(pod)
-            self._push(pod.ready_at, _READY, pod)
+            self._version += 1
         while len(state.pods) > pods:
             self._remove(now)
         if not self._sizes or self._sizes[-1][1] != len(state.pods):
             self._sizes.append((now, len(state.pods)))
+        before, version = self._applied
+        if copies is before and version == self._version:
+            return
         for model, count in copies.items():
-            if len(self._holders[model]) != min(count, len(state.pods)):
+            if version != self._version or before is None or before.get(model) != count:
                 self._place(now, model, min(count, len(state.pods)))
+        self._applied = (copies, self._version)
 
     def _remove(self, now: float) -> None:
-        """Remove the pod that is not ready yet, otherwise the one with the fewest requests, otherwise the newest."""
-        pod = min(self._state.pods, key=lambda pod: (pod.ready_at <= now, pod.running, -pod.number))
+        """Remove a pod that is not ready, otherwise the one with the fewest adapters, otherwise the newest.
+
+        A pod that serves continues to until its adapters had the time to load on the others.
+        """
+        pod = min(self._state.pods, key=lambda pod: (pod.ready_at <= now, len(pod.adapters), -pod.number))
         self._state.pods.remove(pod)
+        self._version += 1
         pod.leaving = True
-        for model in pod.adapters:
-            self._holders[model].discard(pod)
-        if pod.running:
-            self._leaving.append(pod)
-        else:
-            self._pod_seconds += now - pod.created
+        self._leaving.append(pod)
+        pod.serves_until = now + self._timing.load_seconds if pod.ready_at <= now else now
+        self._push(pod.serves_until, _LEAVE, pod)
 
     def _place(self, now: float, model: str, count: int) -> None:
         holders = self._holders[model]
-        while len(holders) > count:
-            pod = max(holders, key=lambda pod: (len(pod.adapters), pod.number))
+        staying = [pod for pod in holders if not pod.leaving]
+        while len(staying) > count:
+            pod = max(staying, key=lambda pod: (len(pod.adapters), pod.number))
+            staying.remove(pod)
             holders.discard(pod)
             del pod.adapters[model]
-        while len(holders) < count:
+        while len(staying) < count:
             free = [pod for pod in self._state.pods if pod not in holders]
             pod = min(free, key=lambda pod: (len(pod.adapters) >= self._timing.capacity, len(pod.adapters), pod.number))
+            staying.append(pod)
             holders.add(pod)
             pod.adapters[model] = max(now, pod.ready_at) + self._timing.load_seconds
             self._push(pod.adapters[model], _READY, pod)
 
+    def _room(self, pod: _Pod, model: str) -> bool:
+        return pod.running < self._timing.concurrency and (model in pod.active or len(pod.active) < self._timing.slots)
+
     def _dispatch(self, now: float, model: str) -> None:
-        queue = self._waiting[model]
+        queue = self._queues.get(model)
         while queue:
             pods = [
                 pod
                 for pod in self._holders[model]
-                if pod.adapters[model] <= now and pod.running < self._timing.concurrency
+                if pod.adapters[model] <= now and now < pod.serves_until and self._room(pod, model)
             ]
             if not pods:
                 return
-            self._start(now, min(pods, key=lambda pod: (pod.running, pod.number)), queue.popleft())
+            # As the gateway does, prefer a pod on which the adapter is active already.
+            pod = min(pods, key=lambda pod: (model not in pod.active, pod.running, pod.number))
+            self._start(now, pod, queue.popleft())
+        self._queues.pop(model, None)
 
     def _dispatch_oldest(self, now: float, pod: _Pod) -> None:
         """Start the oldest requests for the adapters of a pod, as far as it has room."""
-        while pod.running < self._timing.concurrency:
+        while self._queues and pod.running < self._timing.concurrency:
             ready = [
-                model for model, queue in self._waiting.items() if queue and pod.adapters.get(model, now + 1) <= now
+                model
+                for model in self._queues
+                if pod.adapters.get(model, float("inf")) <= now and self._room(pod, model)
             ]
             if not ready:
                 return
-            model = min(ready, key=lambda name: self._waiting[name][0].at)
-            self._start(now, pod, self._waiting[model].popleft())
+            model = min(ready, key=lambda name: self._queues[name][0].at)
+            queue = self._queues[model]
+            self._start(now, pod, queue.popleft())
+            if not queue:
+                del self._queues[model]
 
     def _start(self, now: float, pod: _Pod, arrival: Arrival) -> None:
         self._waits.append(now - arrival.at)
         pod.running += 1
-        self._push(now + arrival.seconds, _END, (pod, arrival.model))
+        pod.active[arrival.model] = pod.active.get(arrival.model, 0) + 1
+        self._state.start(arrival.model)
+        self._push(now + arrival.seconds, _END, (pod, arrival.model, arrival.seconds))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from tunesmith.autoscale.demand import Demand
 
 STABLE_SECONDS = 60.0
 """Window of the mean that sizes follow, as Knative's stable window (knative.dev/docs/serving/autoscaling/kpa-specific).
@@ -14,15 +17,22 @@ PANIC_SECONDS = 6.0
 MAX_GAP_SECONDS = 10.0
 """Longest gap between samples; in a longer one demand was unobserved: another replica led, or writes failed."""
 
-Figure = Literal["requests", "active"]
+Figure = Literal["load", "active"]
 
 
 @dataclass(frozen=True)
 class Sample:
     """Demand at one moment.
 
-    `at`: seconds on a monotonic clock. `requests`: running and waiting. `complete`: False for a lower bound. `floor`:
-    size that is needed at any load. `active`: number of adapters with requests.
+    Attributes:
+        at: seconds on a monotonic clock.
+        requests: those running and waiting.
+        complete: False for a lower bound.
+        floor: size that is needed at any load.
+        active: number of adapters with requests.
+        running: requests on pods; None: all.
+        offered: see `demand.Demand`.
+        backlog: see `demand.Demand`.
     """
 
     at: float
@@ -30,34 +40,89 @@ class Sample:
     complete: bool = True
     floor: int = 0
     active: int = 0
+    running: int | None = None
+    offered: float = 0.0
+    backlog: float = 0.0
+
+    @classmethod
+    def of(cls, demand: Demand, at: float, floor: int = 0) -> Self:
+        """Return the sample of a demand."""
+        return cls(
+            at,
+            demand.requests,
+            demand.complete,
+            floor,
+            demand.active,
+            demand.running,
+            demand.offered,
+            demand.backlog,
+        )
 
 
-class _Mean:
-    """Mean of a figure that holds from each sample until the next one, over the last `seconds`."""
+class Means(NamedTuple):
+    """Means over some seconds; see `Sample`."""
+
+    running: float
+    offered: float
+    backlog: float
+    active: float
+
+    @property
+    def load(self) -> float:
+        """Requests for which there should be room on pods.
+
+        The running ones are fewer than the offered ones while there is no room for them; they then wait, and count in
+        the backlog.
+        """
+        return max(self.running, self.offered) + self.backlog
+
+
+_Step = tuple[float, float, float, float, float, float, float, float, float]
+"""Time; running, offered, backlog and active from then on; and the integral of each up to then."""
+
+
+class _Steps:
+    """Figures that hold from each sample until the next one, and their means over the last seconds."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._steps: deque[tuple[float, int, float]] = deque()
-        """Time, value, and the integral of the figure up to that time."""
+        self._steps: deque[_Step] = deque()
 
-    def add(self, at: float, value: int) -> None:
-        if self._steps:
-            last, held, integral = self._steps[-1]
-            integral += held * (at - last)
-        else:
-            integral = 0.0
-        self._steps.append((at, value, integral))
+    def add(self, at: float, running: float, offered: float, backlog: float, active: float) -> None:
+        steps = self._steps
+        if not steps:
+            steps.append((at, running, offered, backlog, active, 0.0, 0.0, 0.0, 0.0))
+            return
+        last, held_running, held_offered, held_backlog, held_active, *integrals = steps[-1]
+        gap = at - last
+        steps.append(
+            (
+                at,
+                running,
+                offered,
+                backlog,
+                active,
+                integrals[0] + held_running * gap,
+                integrals[1] + held_offered * gap,
+                integrals[2] + held_backlog * gap,
+                integrals[3] + held_active * gap,
+            )
+        )
         # The first step is the one that held at the window's start.
-        while len(self._steps) > 1 and self._steps[1][0] <= at - self._seconds:
-            self._steps.popleft()
+        while steps[1][0] <= at - self._seconds:
+            steps.popleft()
 
-    def value(self) -> float:
-        first, held, integral = self._steps[0]
-        now, newest, total = self._steps[-1]
-        start = max(first, now - self._seconds)
+    def means(self) -> Means:
+        first, newest = self._steps[0], self._steps[-1]
+        now = newest[0]
+        start = max(first[0], now - self._seconds)
         if now == start:
-            return float(newest)
-        return (total - integral - held * (start - first)) / (now - start)
+            return Means(*newest[1:5])
+        skipped, length = start - first[0], now - start
+        running, offered, backlog, active = (
+            (newest[place + 4] - first[place + 4] - first[place] * skipped) / length for place in (1, 2, 3, 4)
+        )
+        return Means(running, offered, backlog, active)
 
 
 class _Peak:
@@ -77,34 +142,26 @@ class _Peak:
         return self._values[0][1]
 
 
-class _Trace:
-    """One figure of the samples."""
-
-    def __init__(self) -> None:
-        self.stable, self.panic, self.peak = _Mean(STABLE_SECONDS), _Mean(PANIC_SECONDS), _Peak()
-
-    def add(self, at: float, value: int, keep_seconds: float) -> None:
-        self.stable.add(at, value)
-        self.panic.add(at, value)
-        self.peak.add(at, self.stable.value(), keep_seconds)
-
-
 class Window:
     """Samples of an adapter's or a pool's demand, and what the decisions need to remember.
 
     Attributes:
         newest: the latest sample.
+        stable: means of the last `STABLE_SECONDS`.
+        panic: means of the last `PANIC_SECONDS`.
         panic_until: time until which no size shrinks, because demand rose steeply.
         shrunk_at: time of the latest decision to shrink.
     """
 
     def __init__(self) -> None:
-        self._traces: dict[Figure, _Trace] = {"requests": _Trace(), "active": _Trace()}
+        self._stable, self._panic = _Steps(STABLE_SECONDS), _Steps(PANIC_SECONDS)
+        self._peaks: dict[Figure, _Peak] = {"load": _Peak(), "active": _Peak()}
         self._floor = _Peak()
         self._keep_seconds = 0.0
         self._unknown_at = float("-inf")
         self._busy_at = float("-inf")
         self.newest = Sample(float("-inf"), 0)
+        self.stable = self.panic = Means(0.0, 0.0, 0.0, 0.0)
         self.panic_until = self.shrunk_at = float("-inf")
 
     def add(self, sample: Sample, keep_seconds: float) -> None:
@@ -114,24 +171,20 @@ class Window:
         if unobserved or not sample.complete or keep_seconds > self._keep_seconds:
             self._unknown_at = sample.at
         self._keep_seconds = keep_seconds
-        if sample.requests:
+        if sample.requests or sample.offered:  # short requests are rarely seen while they run
             self._busy_at = sample.at
-        for figure, trace in self._traces.items():
-            trace.add(sample.at, getattr(sample, figure), keep_seconds)
+        running = sample.requests if sample.running is None else sample.running
+        for steps in (self._stable, self._panic):
+            steps.add(sample.at, float(running), sample.offered, sample.backlog, float(sample.active))
+        self.stable, self.panic = self._stable.means(), self._panic.means()
+        self._peaks["load"].add(sample.at, self.stable.load, keep_seconds)
+        self._peaks["active"].add(sample.at, self.stable.active, keep_seconds)
         self._floor.add(sample.at, sample.floor, keep_seconds)
         self.newest = sample
 
-    def stable(self, figure: Figure) -> float:
-        """Mean of the last `STABLE_SECONDS`."""
-        return self._traces[figure].stable.value()
-
-    def panic(self, figure: Figure) -> float:
-        """Mean of the last `PANIC_SECONDS`."""
-        return self._traces[figure].panic.value()
-
     def peak(self, figure: Figure) -> float:
         """Highest stable mean of the last `keep_seconds`."""
-        return self._traces[figure].peak.value()
+        return self._peaks[figure].value()
 
     def max_floor(self) -> int:
         """Return the highest floor of the last `keep_seconds`."""

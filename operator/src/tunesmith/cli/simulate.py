@@ -15,7 +15,8 @@ from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.autoscaling import AdapterAutoscaling
 from tunesmith.api.manifest import ManifestError, load_document
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.autoscale.simulate import Arrival, Fixed, Hpa, Outcome, Policy, Timing, Tunesmith, simulate
+from tunesmith.autoscale.policies import Fixed, Hpa, Tunesmith
+from tunesmith.autoscale.simulate import Arrival, Outcome, Policy, Timing, simulate
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, note, print_json, print_table
 

@@ -144,9 +144,9 @@ MAX_MESSAGE = 1000
 MAX_ADAPTERS = 2048
 """Highest number of revisions on one pod, with those still being unloaded."""
 MAX_MODELS = 20_000
+"""Highest number of models with requests that a gateway reports."""
 MAX_USED_KEYS = 20_000
 """Highest number of API keys whose last use a gateway reports."""
-"""Highest number of models with requests that a gateway reports."""
 MAX_REQUESTS = 1_000_000
 """Highest plausible number of requests for one model at one gateway; a higher one is invalid."""
 MAX_EPOCH_LEAD = 24 * 3600
@@ -329,6 +329,20 @@ class AdapterDemand(_WireModel):
         default=0, ge=0, le=MAX_REQUESTS, description="Requests that were forwarded to a pod and have not finished."
     )
     waiting: int = Field(default=0, ge=0, le=MAX_REQUESTS, description="Requests that wait in the gateway.")
+    arrival_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=MAX_REQUESTS,
+        allow_inf_nan=False,
+        description="Requests that arrive per second; see `tunesmith.contracts.load`.",
+    )
+    service_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        le=_MAX_NUMBER,
+        allow_inf_nan=False,
+        description="Mean time of recent requests on a pod; null: none has finished yet.",
+    )
 
 
 class GatewayDemand(_WireModel):

@@ -8,21 +8,30 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import HEARTBEAT_SECONDS, TRAFFIC_SECONDS, AdapterDemand, GatewayDemand
+from tunesmith.contracts.load import NEGLIGIBLE_RATE, Load
 from tunesmith.gateway.broadcast import Broadcast, wait_for_event
 from tunesmith.gateway.comparison import Comparisons
 from tunesmith.gateway.key_use import KeyUse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 MIN_INTERVAL_SECONDS = 0.1
 """Changes within this time are combined into one line."""
 
 
 class Demand:
-    """Counts of running and waiting sequences by the model's global id."""
+    """Counts of running and waiting sequences by the model's global id, their arrival rate and service time.
 
-    def __init__(self) -> None:
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._loads: dict[str, Load] = {}
+        self._arriving: dict[str, Load] = {}
+        """Those whose rate is not negligible."""
         self.running: Counter[str] = Counter()
         self.running_by_revision: Counter[str] = Counter()
         """Those of forwarded requests, by engine name."""
@@ -42,6 +51,27 @@ class Demand:
         """Change the number of sequences of held requests."""
         self._add(self.waiting, model, count)
 
+    def arrive(self, model: str, count: int) -> None:
+        """Record the sequences of a new request, before it is held or forwarded."""
+        load = self._arriving[model] = self._load(model)
+        load.arrive(count, self._clock())
+        self._changed.notify()
+
+    def finish(self, model: str, count: int, seconds: float) -> None:
+        """Record the sequences of a request that a pod accepted, and the time that they were on it."""
+        self._load(model).finish(count, seconds, self._clock())
+
+    def keep(self, exists: Callable[[str], bool]) -> None:
+        """Discard what is known about models that do not exist."""
+        self.comparisons.keep(exists)
+        self._loads = {model: load for model, load in self._loads.items() if exists(model)}
+
+    def _load(self, model: str) -> Load:
+        load = self._loads.get(model)
+        if load is None:
+            load = self._loads[model] = Load()
+        return load
+
     def _add(self, counter: Counter[str], model: str, count: int) -> None:
         counter[model] += count
         if not counter[model]:
@@ -49,12 +79,19 @@ class Demand:
         self._changed.notify()
 
     def snapshot(self) -> GatewayDemand:
-        """Return the current counts; models without requests are omitted."""
-        models = self.running.keys() | self.waiting.keys()
+        """Return the current figures; models without requests for some seconds are omitted."""
+        now = self._clock()
+        rates = {model: rate for model, load in self._arriving.items() if (rate := load.rate(now)) >= NEGLIGIBLE_RATE}
+        self._arriving = {model: self._arriving[model] for model in rates}
         return GatewayDemand(
             models={
-                model: AdapterDemand(running=self.running[model], waiting=self.waiting[model])
-                for model in sorted(models)
+                model: AdapterDemand(
+                    running=self.running[model],
+                    waiting=self.waiting[model],
+                    arrival_rate=round(rates.get(model, 0.0), 3),
+                    service_seconds=self._loads[model].service_seconds if model in self._loads else None,
+                )
+                for model in sorted(self.running.keys() | self.waiting.keys() | rates.keys())
             }
         )
 

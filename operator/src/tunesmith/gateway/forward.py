@@ -91,6 +91,7 @@ class Forwarder:
         backend.add_running(engine_name, call.body.sequences)
         self._demand.add_running(call.model.id, engine_name, call.body.sequences)
         upstream: aiohttp.ClientResponse | None = None
+        began, accepted = self._clock(), False
         try:
             token = backend.serving_tokens.current
             upstream = await self._wait_for_head(call, self._post(call, backend, engine_name, token, digest))
@@ -99,6 +100,7 @@ class Forwarder:
             if upstream.headers.get(NO_ROUTE_HEADER) == "true":
                 raise errors.api_not_served(call.api.path, call.model.id, call.model.pool)
             await _raise_not_started(upstream)
+            accepted = True
             return await self._relay(call, upstream, engine_name)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self._backends.suspect(backend)
@@ -116,6 +118,8 @@ class Forwarder:
         finally:
             backend.add_running(engine_name, -call.body.sequences)
             self._demand.add_running(call.model.id, engine_name, -call.body.sequences)
+            if accepted:
+                self._demand.finish(call.model.id, call.body.sequences, self._clock() - began)
             if upstream is not None:
                 # Closing the connection before the end of the answer stops the engine's generation.
                 upstream.close()

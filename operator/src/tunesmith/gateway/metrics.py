@@ -254,7 +254,7 @@ class Metrics:
     def _prune(self) -> None:
         for name in [name for name in self._series if name and not self._exists(name)]:
             del self._series[name]
-        self._demand.comparisons.keep(self._exists)
+        self._demand.keep(self._exists)
 
 
 def _label(model: str) -> str:

@@ -122,6 +122,7 @@ class Proxy:
         self._metrics = metrics
         self._limits = limits
         self._quotas = quotas
+        self._demand = demand
         self._use_of_keys = demand.key_use
         self._cors = cors
         self._record = record
@@ -324,6 +325,7 @@ class Proxy:
         pool_uid = self._catalog.pool_uid(call.model.pool)
         if pool_uid is not None and call.model.engine_names and self._crashes.has_suspects(pool_uid):
             self._check_crashes(call, pool_uid, call.model.engine_names[0])  # a refused request does not wait for a pod
+        self._demand.arrive(call.model.id, call.body.sequences)
         while True:
             with call.trace.hold() if call.trace is not None else nullcontext():
                 backend, engine_name = await self._hold.wait_for_pod(call, refused)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.autoscale.decide import Decision, decide_copies
+from tunesmith.autoscale.decide import Decision, decide_copies, seconds_until_next
 from tunesmith.autoscale.schedule import minimum
 from tunesmith.cluster.errors import AlreadyExistsError
 from tunesmith.contracts.claims import older_claim
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 KIND = "AdapterDeployment"
 _TICK_SECONDS = 1.0
-_IDLE_TICK_SECONDS = 9.0
 _NAME_TAKEN_SECONDS = 60.0
 _UNSETTLED_SECONDS = 0.3
 _MEASURES_SECONDS = 10.0
@@ -103,13 +102,16 @@ class AdapterDeploymentReconciler:
             # The adapters of the pods are not known yet, and reporting that would make the status flicker.
             return Result(_UNSETTLED_SECONDS)
         pods = self._state.pods(serving) if serving is not None else ()
+        decision, decide_later = (
+            (_on_all(pods), _TICK_SECONDS) if is_base(adapter, artifact, serving) else self._copies(adapter)
+        )
         observation = AdapterObservation(
             artifact=artifact,
             pool=pool,
             lost_to=older_claim(adapter, self._state.claims(adapter)),
             pods=pods,
             unplaced=self._state.unplaced.get(serving.metadata.uid, {}) if serving is not None else {},
-            decision=_on_all(pods) if is_base(adapter, artifact, serving) else self._copies(adapter),
+            decision=decision,
             unknown_demand=self._state.demand.unknown_reason(time.monotonic()),
             url=_client_url(self._context.settings.gateway_url),
             imported=imported.record if imported is not None else None,
@@ -138,12 +140,8 @@ class AdapterDeploymentReconciler:
         later = imported.requeue_after.total_seconds() if imported is not None and imported.requeue_after else None
         if status.rollout is not None and status.rollout.is_running:
             return Result(_TICK_SECONDS)
-        if adapter.spec.autoscaling is None:
-            return Result(later)
-        low = minimum(adapter.spec.autoscaling, self._context.now()).replicas
-        idle = observation.decision.replicas == low == adapter.status.desired_replicas
         # The first request to a model makes the key due immediately.
-        return Result(_IDLE_TICK_SECONDS if idle else _TICK_SECONDS)
+        return Result(later if adapter.spec.autoscaling is None else decide_later)
 
     def _trained(self, adapter: AdapterDeployment) -> Artifact | Unresolved:
         source = adapter.spec.adapter_from.fine_tune_job
@@ -206,17 +204,21 @@ class AdapterDeploymentReconciler:
             return False
         return status != adapter.status and without_measures(status) == without_measures(adapter.status)
 
-    def _copies(self, adapter: AdapterDeployment) -> Decision:
-        rule = adapter.spec.autoscaling
+    def _copies(self, adapter: AdapterDeployment) -> tuple[Decision, float]:
+        """Return the desired copies, and the seconds until the next decision is due."""
+        rule, desired = adapter.spec.autoscaling, adapter.status.desired_replicas
         if rule is None:
             self._state.forget_window(adapter.metadata.uid)
-            return Decision(adapter.spec.replicas, f"spec.replicas is {adapter.spec.replicas}")
+            return Decision(adapter.spec.replicas, f"spec.replicas is {adapter.spec.replicas}"), _TICK_SECONDS
         # A new revision is loaded once, so that an adapter that cannot be loaded is reported before it is needed.
         rollout = adapter.status.rollout
         floor = 1 if was_never_loaded(adapter) or (rollout is not None and rollout.is_running) else 0
         window = self._state.window(adapter.metadata.uid, [adapter.model], rule.scale_down_delay_seconds, floor)
         low = minimum(rule, self._context.now())
-        return decide_copies(window, adapter.status.desired_replicas, rule, low)
+        decision = decide_copies(window, desired, rule, low)
+        if decision.replicas != desired:
+            return decision, _TICK_SECONDS
+        return decision, seconds_until_next(window, decision.replicas, rule, low)
 
     def _still_serving(self, adapter: AdapterDeployment) -> ServingPool | None:
         """Return the pool that has served so far, until the new choice is made."""

@@ -242,7 +242,7 @@ class ServingPoolReconciler:
         if not floor and pool.status.base_model_fingerprint is None:
             floor, why = 1, "a new pool starts once, to learn its base model's fingerprint"
         bases = [pool.model, *(adapter.model for adapter in attached if is_whole(adapter))]
-        window = self._state.window(pool.metadata.uid, copies, rule.scale_down_delay_seconds, floor, bases)
+        window = self._state.window(pool.metadata.uid, copies.keys(), rule.scale_down_delay_seconds, floor, bases)
         low = minimum(rule, self._context.now())
         decision = decide_pods(window, pool.status.desired_replicas, rule, low, why, slots)
         return decision, loaded_pods(window, rule, slots) > 1

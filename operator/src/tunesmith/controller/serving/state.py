@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from tunesmith.api.adapterdeployment import AdapterDeployment
@@ -26,7 +26,7 @@ from tunesmith.serving.render import deployment_name, is_owned_by, is_pod_of
 from tunesmith.serving.resolve import Candidates, candidates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from tunesmith.cluster.resources import Object, Objects
     from tunesmith.contracts.agent import PodState
@@ -189,7 +189,7 @@ class ServingState:
         return True
 
     def window(
-        self, uid: str, models: Iterable[str], keep_seconds: float, floor: int = 0, bases: Sequence[str] = ()
+        self, uid: str, models: Collection[str], keep_seconds: float, floor: int = 0, bases: Sequence[str] = ()
     ) -> Window:
         """Return the window of an autoscaled resource, updated with the current demand.
 
@@ -204,8 +204,9 @@ class ServingState:
         last, window = self._windows.get(uid, (float("-inf"), Window()))
         if now - last >= _SAMPLE_SECONDS:
             demand = self.demand.read(models, now)
-            requests = demand.requests + self.demand.read(bases, now).requests
-            window.add(Sample(now, requests, demand.complete, floor, demand.active), keep_seconds)
+            if bases:
+                demand += replace(self.demand.read(bases, now), active=0)
+            window.add(Sample.of(demand, now, floor), keep_seconds)
             self._windows[uid] = (now, window)
         return window
 
