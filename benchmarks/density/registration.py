@@ -2,7 +2,8 @@
 
 Processor seconds are comparable on a machine that does other work, unlike the time on a clock. Three variants are
 registered by one engine, one after the other: adapters without expected answers, adapters whose parity is reported, and
-the latter with parity required. Needs the server's environment:
+the latter with parity required. With `--worker-process`, vLLM computes in a process of its own, which is its default on
+CPUs. Needs the server's environment:
 
     uv run --frozen --project server-image python -m benchmarks.density.registration --adapters 60
 """
@@ -17,7 +18,7 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -26,6 +27,9 @@ from benchmarks.density.benchmark import MIB, healthy, say, until
 from tests.server.server_rig import S3Server
 from tunesmith.api.parity import ParityMode, ParityVerdict
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _COUNTERS = re.compile(
     r"^vllm:(prompt_tokens_total|generation_tokens_total|request_success_total)\{[^}]*\} (\S+)$", re.MULTILINE
@@ -71,13 +75,15 @@ async def register(
     }
 
 
-async def measure(folder: Path, count: int) -> dict[str, Any]:
-    """Start a pod, and register the adapters in each variant."""
+async def measure(folder: Path, count: int, variables: Mapping[str, str]) -> dict[str, Any]:
+    """Start a pod, and register the adapters in each variant. `variables`: further ones of vLLM."""
     rig.make(folder / "made", count, parity=True)
     shutil.rmtree(folder / "run", ignore_errors=True)
     (folder / "run/s3").mkdir(parents=True)
     store = S3Server(folder / "run/s3")
-    pod = rig.ServingPod("pod-1", folder / "run/pod-1", folder / "made/base", store, 3 * count + 1, 512 * MIB)
+    pod = rig.ServingPod(
+        "pod-1", folder / "run/pod-1", folder / "made/base", store, 3 * count + 1, 512 * MIB, variables=variables
+    )
     results: dict[str, Any] = {}
     following = None
     try:
@@ -119,9 +125,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out/density-registration"))
     parser.add_argument("--adapters", type=int, default=60)
+    parser.add_argument("--worker-process", action="store_true", help="as vLLM starts without a variable of the image")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    results = asyncio.run(measure(folder, options.adapters))
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if options.worker_process else {}
+    results = asyncio.run(measure(folder, options.adapters, variables))
     (folder / "results.json").write_text(json.dumps(results, indent=1))
 
 

@@ -59,6 +59,8 @@ NAMESPACE = "team"
 SLOTS = 8
 CAPACITY = 512
 START_SECONDS = 1800.0
+ONE_PROCESS: Mapping[str, str] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Variables of an engine that computes in the process of its core, as that of the image for CPUs does."""
 _TICK_SECONDS = 2.0
 _PARITY_FILES = shutil.ignore_patterns(PARITY_FILE, PARITY_ROWS_FILE)
 _ENGINE = [
@@ -132,6 +134,7 @@ class ServingPod:
         ]
         environment = {
             **engine_variables(),
+            **ONE_PROCESS,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(self.pod.state / "middleware"),
             "TUNESMITH_SERVING_KEY_FILE": str(self.pod.keys / "serving"),
@@ -199,7 +202,12 @@ class Plain:
         ]
         command = [str(vllm_program()), "serve", str(base), *_ENGINE, *arguments]
         # Threads that wait for each other actively take the cores that other processes need.
-        variables = engine_variables() | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        variables = {
+            **engine_variables(),
+            **ONE_PROCESS,
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
         self.engine = Container(command, variables, folder / "engine.log")
 
     async def load(self, http: aiohttp.ClientSession, made: Path) -> float:
@@ -357,9 +365,18 @@ def disk(folder: Path) -> int:
 
 def make(folder: Path, count: int, *, parity: bool = False) -> None:
     """Make the base and the adapters in the trainer's environment; `parity`: with their expected answers."""
+    if _is_made(folder, count, parity=parity):
+        return
     python = REPOSITORY / "trainer-image/.venv/bin/python"
     program = Path(__file__).with_name("make_adapters.py")
     command = [python, "-W", "ignore", program, folder, f"--count={count}", *["--parity"] * parity]
     done = subprocess.run(command, check=False)
     if done.returncode:
         sys.exit(f"{program} failed")
+
+
+def _is_made(folder: Path, count: int, *, parity: bool) -> bool:
+    listing = folder / "markers.json"
+    if not listing.exists() or len(json.loads(listing.read_text())["adapters"]) < count:
+        return False
+    return not parity or all((folder / "adapters" / f"{number:04d}" / PARITY_FILE).exists() for number in range(count))

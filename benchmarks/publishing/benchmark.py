@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from benchmarks.density import rig
-from benchmarks.publishing.world import NAMESPACE, World, until
+from benchmarks.publishing.world import API, NAMESPACE, World, until
 from tests.controlplane.apiserver import ApiServer
 from tests.server.server_rig import Artifact, S3Server
 from tunesmith.contracts.agent import Residency, ResidencyState
@@ -34,11 +34,12 @@ from tunesmith.contracts.podevents import EventReader
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-STEPS = ("operator", "download", "load", "probe", "report", "first token", "all", "ours")
+STEPS = ("job", "placement", "download", "load", "probe", "report", "first token", "all", "ours")
+PROCESSES = ("operator", "gateway", "agent", "engine")
 
 
 class Follower:
-    """Reader of the agent's events, which records when a revision reached each state."""
+    """Reader of the agent's events and of FineTuneJobs, which records when a revision or a job reached each state."""
 
     def __init__(self, world: World, http: aiohttp.ClientSession) -> None:
         self._world = world
@@ -48,6 +49,17 @@ class Follower:
 
     async def run(self) -> None:
         """Read until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read_agent())
+            group.create_task(self._read_jobs())
+
+    async def _read_jobs(self) -> None:
+        async for job in self._world.cluster.watch(f"{API}/namespaces/{NAMESPACE}/finetunejobs"):
+            conditions = job.get("status", {}).get("conditions", ())
+            if any(found["type"] == "Complete" and found["status"] == "True" for found in conditions):
+                self.at.setdefault((job["metadata"]["name"], "complete"), time.monotonic())
+
+    async def _read_agent(self) -> None:
         url, headers = f"{self._world.pod.agent_url}/v1/events", {"Authorization": f"Bearer {self._world.events_token}"}
         async with self._http.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=None)) as response:
             reader = EventReader()
@@ -118,16 +130,19 @@ async def publish(
     }
     evaluation = {"baseLoss": 3.0, "loss": 1.5, "lossReductionPercent": 50.0}
     client = asyncio.create_task(first_token(http, world, f"{NAMESPACE}/{name}"))
+    before = world.usage()
     started = time.monotonic()
     await world.finish(attempt, {"outcome": "Succeeded", "artifact": published, "evaluation": evaluation})
     answered = await asyncio.wait_for(client, 600)
+    used = world.usage().since(before)
     revision = engine_name(NAMESPACE, name, digest_of(document))
     warm = time.monotonic()
     generation = await first_token(http, world, f"{NAMESPACE}/{name}") - warm
     at = {state: follower.at[revision, state] for state in ("listed", "downloaded", "loaded", "resident")}
     load = follower.loads[revision].load_seconds
     seconds = {
-        "operator": at["listed"] - started,
+        "job": follower.at[name, "complete"] - started,
+        "placement": at["listed"] - follower.at[name, "complete"],
         "download": at["downloaded"] - at["listed"],
         "load": load,
         "probe": at["resident"] - at["downloaded"] - load,
@@ -135,7 +150,8 @@ async def publish(
         "first token": generation,
         "all": answered - started,
     }
-    seconds["ours"] = seconds["operator"] + seconds["report"]
+    seconds["ours"] = seconds["job"] + seconds["placement"] + seconds["report"]
+    seconds |= {f"{process} (processor)": used[process] for process in PROCESSES}
     return {step: round(1000 * value, 1) for step, value in seconds.items()}
 
 
@@ -175,9 +191,12 @@ async def measure(folder: Path, repeats: int, parity: str) -> list[dict[str, flo
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a table of the medians, in milliseconds."""
-    cells = " | ".join(f"{median(row[step] for row in rows):.0f}" for step in STEPS)
-    return f"| {' | '.join(STEPS)} |\n|{'---|' * len(STEPS)}\n| {cells} |"
+    """Return tables of the medians, in milliseconds: time by step, and processor time by process."""
+    tables = []
+    for names, suffix in ((STEPS, ""), (PROCESSES, " (processor)")):
+        cells = " | ".join(f"{median(row[name + suffix] for row in rows):.0f}" for name in names)
+        tables.append(f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n| {cells} |")
+    return "\n\n".join(tables)
 
 
 def main() -> None:

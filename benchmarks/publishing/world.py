@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from benchmarks.density import processes
 from tests.controlplane.manifests import pool
 from tests.server.server_rig import (
     BASE_NAME,
@@ -31,7 +32,7 @@ from tunesmith.contracts.agent import parse_keys, pod_tokens
 from tunesmith.contracts.apikey import key_record, new_key
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from tests.controlplane.apiserver import ApiServer
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 Object = dict[str, Any]
 SYSTEM, (NAMESPACE, MODEL) = "default", BASE_NAME.split("/")
 PATIENCE_SECONDS = 900.0
-_API = "apis/tunesmith.dev/v1alpha1"
+API = "apis/tunesmith.dev/v1alpha1"
 _OPERATOR = (
     "import tunesmith.controller.serving.agents as agents; agents.AGENT_PORT = {port}; "
     "from tunesmith.controller.main import main; main()"
@@ -70,6 +71,15 @@ class Cluster:
         path = f"api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/status"
         headers = {"Content-Type": "application/merge-patch+json"}
         await self._call("PATCH", path, data=json.dumps({"status": status}), headers=headers)
+
+    async def watch(self, path: str) -> AsyncIterator[Object]:
+        """Yield the objects of a list whenever one changes, until cancelled."""
+        params, timeout = {"watch": "true"}, aiohttp.ClientTimeout(total=None)
+        async with self._http.get(
+            f"{self._url}/{path}", headers=self._headers, params=params, ssl=False, timeout=timeout
+        ) as response:
+            async for line in response.content:
+                yield json.loads(line)["object"]
 
     async def pods(self, namespace: str, labels: str) -> list[Object]:
         """Return the pods with labels."""
@@ -115,7 +125,7 @@ class World:
         self.events_token = ""
         self.pod = Pod(folder / "pod", base, store)
         self._folder, self._server, self._http = folder, server, http
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     async def start(self) -> None:
         """Start everything."""
@@ -131,7 +141,7 @@ class World:
         )
         engine = {"maxLoras": 3, "maxAdapters": 64, "maxLoraRank": 16}
         body = pool(NAMESPACE, "pool", modelName=MODEL, engine=engine)
-        await self.cluster.create(f"{_API}/namespaces/{NAMESPACE}/servingpools", body)
+        await self.cluster.create(f"{API}/namespaces/{NAMESPACE}/servingpools", body)
         await self._start_pod(await self._first_pod("app.kubernetes.io/component=pool"))
         await self._start_gateway()
 
@@ -140,9 +150,17 @@ class World:
         for container in (self.engine, self.agent):
             if container is not None:
                 container.kill()
-        for process in self._processes:
+        for process in self._processes.values():
             process.kill()
             process.wait()
+
+    def usage(self) -> processes.Usage:
+        """Return the processor seconds so far, by process."""
+        found = processes.Usage({name: processes.of_process(process.pid) for name, process in self._processes.items()})
+        for name, container in (("agent", self.agent), ("engine", self.engine)):
+            if container is not None:
+                found[name] = sum(processes.of_group(container.group).values())
+        return found
 
     async def create_job(self, name: str) -> Object:
         """Create a FineTuneJob."""
@@ -161,7 +179,7 @@ class World:
 
     async def status(self, kind: str, name: str) -> Object:
         """Return an object's status; empty if it has none."""
-        found = await self.cluster.get(f"{_API}/namespaces/{NAMESPACE}/{kind.lower()}s/{name}")
+        found = await self.cluster.get(f"{API}/namespaces/{NAMESPACE}/{kind.lower()}s/{name}")
         return dict(found.get("status") or {})
 
     async def training_pod(self, job: str, component: str) -> Object:
@@ -190,7 +208,7 @@ class World:
     async def _create(self, kind: str, name: str, spec: Object) -> Object:
         metadata = {"name": name, "namespace": NAMESPACE}
         body = {"apiVersion": "tunesmith.dev/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec}
-        return await self.cluster.create(f"{_API}/namespaces/{NAMESPACE}/{kind.lower()}s", body)
+        return await self.cluster.create(f"{API}/namespaces/{NAMESPACE}/{kind.lower()}s", body)
 
     async def _first_pod(self, labels: str) -> Object:
         async def found() -> list[Object]:
@@ -265,4 +283,4 @@ class World:
         environment = {**os.environ, "KUBECONFIG": str(self._server.kubeconfig)}
         with (self._folder / f"{name}.log").open("wb") as log:
             command = [str(REPOSITORY / ".venv/bin/python"), *arguments]
-            self._processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            self._processes[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

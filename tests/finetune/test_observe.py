@@ -230,6 +230,27 @@ def test_the_first_pod_reports_for_all() -> None:
     assert outcome.result.message == "held-out loss 3 to 1"
 
 
+@pytest.mark.parametrize(
+    ("name", "phases", "status", "succeeded"),
+    [
+        ("all have succeeded", ("Succeeded", "Succeeded"), {}, True),
+        ("one still runs", ("Succeeded", "Running"), {}, False),
+        ("one is missing", ("Succeeded",), {}, False),
+        ("one has failed", ("Succeeded", "Failed"), {}, False),
+        ("the Job has failed", ("Succeeded", "Succeeded"), {"conditions": [FAILED]}, False),
+    ],
+)
+def test_a_job_succeeds_with_its_pods(name: str, phases: tuple[str, ...], status: Object, *, succeeded: bool) -> None:
+    done = {"Succeeded": dead(0, "{}"), "Failed": dead(1), "Running": {}}
+    pods = [
+        kube_pod("one", f"pod-{index}", {**done[phase], "phase": phase}, index=str(index))
+        for index, phase in enumerate(phases)
+    ]
+    train = {**kube_job("train", "one", "1", **status), "spec": {"parallelism": 2}}
+    attempt = observe(job(), [train], pods, None, NOW).attempts[1]
+    assert (attempt.succeeded, attempt.finished) == (succeeded, succeeded or bool(status)), name
+
+
 def test_an_attempt_runs_once_all_its_pods_run() -> None:
     running = {"containerStatuses": [{"name": "trainer", "state": {"running": {"startedAt": TIME}}}]}
     unplaced = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU is free"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ class PodView:
     waiting_message: str = ""
     started: datetime | None = None
     running: bool = False
+    succeeded: bool = False
+    """True if all its containers finished successfully."""
     finished_at: datetime | None = None
     exit_code: int | None = None
     out_of_memory: bool = False
@@ -64,6 +66,7 @@ class JobView:
     name: str
     created: datetime
     succeeded: bool = False
+    """True if the Job controller marked it as complete, or is about to: it does so a second after the pods' end."""
     failed: bool = False
     failure_message: str = ""
     """The Job controller's message, with the exit code or disruption if a rule of the pod failure policy matched."""
@@ -82,7 +85,7 @@ class JobView:
 
     @property
     def finished(self) -> bool:
-        """True if the Job controller marked it as succeeded or failed."""
+        """True if it succeeded, or the Job controller marked it as failed."""
         return self.succeeded or self.failed
 
     @property
@@ -126,7 +129,7 @@ def view(job: Object, pods: Iterable[Object], held: str = "", refused: str = "")
     }
     failed = conditions.get("Failed")
     finished = failed or conditions.get("Complete") or {}
-    return JobView(
+    found = JobView(
         name=job["metadata"]["name"],
         created=_required(job["metadata"]["creationTimestamp"]),
         succeeded="Complete" in conditions,
@@ -140,6 +143,8 @@ def view(job: Object, pods: Iterable[Object], held: str = "", refused: str = "")
         refused=refused,
         pods=tuple(sorted((_pod(pod) for pod in pods), key=lambda pod: (pod.created, pod.name))),
     )
+    all_succeeded = len(found.members) == found.size and all(pod.succeeded for pod in found.members)
+    return replace(found, succeeded=True) if all_succeeded and not found.finished else found
 
 
 def index_of(pod: Object) -> int:
@@ -171,6 +176,7 @@ def _pod(pod: Object) -> PodView:
         waiting_message=waiting.get("message", ""),
         started=_time((running or terminated).get("startedAt")) if running or terminated else None,
         running=running is not None,
+        succeeded=status.get("phase") == "Succeeded",
         finished_at=_time(terminated.get("finishedAt")),
         exit_code=terminated.get("exitCode"),
         out_of_memory=terminated.get("reason") == "OOMKilled",
