@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
+from pathlib import Path
 
 from tunesmith_server import base_download
 from tunesmith_server.main import run
@@ -17,8 +17,14 @@ def main(arguments: list[str]) -> int:
     if own:
         base_download.PARALLEL_READS = int(own[1])
     code = run(["fetch-base", *flags])
-    print(f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(f"memory {_peak_kib() / 1024:.0f} MiB")
     return code
+
+
+def _peak_kib() -> int:
+    """Return the peak memory of this process; ru_maxrss would include that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 if __name__ == "__main__":
