@@ -41,9 +41,9 @@ verify-methods: environment-trainer environment-server ## Train, reload, merge a
 	@$(STEP) --live "methods" $(UV) run --frozen --no-sync --project trainer-image python -m tests.trainer.verify_methods \
 	  --engine server-image/engine-cpu/.venv
 
-verify-architectures: environment-trainer environment-server ## Train, reload, merge and serve adapters for every architecture; writes docs/architectures.md
+verify-architectures: environment-trainer environment-server ## Train, reload, merge and serve adapters for every architecture; writes docs/architectures.md; continues an interrupted run
 	@$(STEP) --live "architectures" $(UV) run --frozen --no-sync --project trainer-image python -m tests.trainer.verify_architectures \
-	  --engine server-image/engine-cpu/.venv
+	  --engine server-image/engine-cpu/.venv --work out/architectures
 
 verify-data: environment-trainer model ## Validate a million rows: check peak memory, and that a second attempt reuses the tokens
 	@$(STEP) --last '^(passed|failed)' "a million rows" $(UV) run --frozen --no-sync --project trainer-image \

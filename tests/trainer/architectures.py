@@ -663,11 +663,13 @@ def make(family: Family, folder: Path) -> Path:
         if name.endswith(".correct_output_scale"):
             # Zero in a model that was not trained, which takes the gradients of all that it scales.
             torch.nn.init.normal_(parameter)
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer / file, folder / file)
+        shutil.copy(tokenizer / file, partial / file)
     if family.model_type == "gemma3":
         side = family.settings["vision_config"]["image_size"]
-        Gemma3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
+        Gemma3ImageProcessor(size={"height": side, "width": side}).save_pretrained(partial)
+    model.save_pretrained(partial)
+    return partial.rename(folder)

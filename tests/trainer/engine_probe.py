@@ -105,6 +105,13 @@ def failed(text: str) -> dict[str, Any]:
     return {"adapters": {}, "modules": {}, "failure": text}
 
 
+def keep(target: Path, answers: dict[str, Any]) -> None:
+    """Write a file of answers, which is there as a whole or not at all, even if this process is killed."""
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(answers))
+    partial.rename(target)
+
+
 def probe(request: dict[str, Any]) -> None:
     """Write the answers of one engine, in a process of its own, which has vLLM's modules already."""
     target = Path(request["answers"])
@@ -113,7 +120,7 @@ def probe(request: dict[str, Any]) -> None:
         _, status = os.waitpid(child, 0)
         if not target.exists():
             text = f"the engine exited with status {os.waitstatus_to_exitcode(status)}"
-            target.write_text(json.dumps(failed(text)))
+            keep(target, failed(text))
         return
     with target.with_suffix(".log").open("w") as log:
         os.dup2(log.fileno(), 1)
@@ -129,7 +136,7 @@ def probe(request: dict[str, Any]) -> None:
         traceback.print_exc()
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         answers = failed(text)
-    target.write_text(json.dumps(answers))
+    keep(target, answers)
     os._exit(0)
 
 

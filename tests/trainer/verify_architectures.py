@@ -38,6 +38,7 @@ from tests.trainer.verify_methods import (
     figure,
     fill_in_answers,
     in_processes,
+    keep,
     parser_of,
     report,
     write_line,
@@ -308,12 +309,14 @@ class Run:
         family: the family.
         work: folder of all families.
         sources: digest of the programs that determine the results.
+        checks: digest of this program, which compares them.
         columns: columns to measure; empty: all.
     """
 
     family: Family
     work: Path
     sources: str
+    checks: str
     columns: tuple[str, ...] = ()
 
     @cached_property
@@ -324,12 +327,6 @@ class Run:
         family = replace(self.family, unmeasured="")
         depends = repr((family, methods_of(self.family), _RATE, unadapted, self.sources))
         return self.work / self.family.model_type / hashlib.sha256(depends.encode()).hexdigest()[:16]
-
-    @property
-    def trained(self) -> bool:
-        """True if every column is trained, or refused."""
-        columns = [name for name in methods_of(self.family) if not self.columns or name in self.columns]
-        return all(any(self.folder.glob(f"{name}/*/trained.json")) for name in columns)
 
     def trials(self) -> dict[str, Trial]:
         """Return the trial of each column."""
@@ -356,10 +353,10 @@ class Run:
 
     def check(self) -> Checked:
         """Compare what was trained with PEFT, in a process that did not train it, if that was not done yet."""
-        depends = Path(__file__).read_bytes() + repr(self.columns).encode()
+        depends = f"{self.checks} {self.columns}".encode()
         kept = self.folder / f"checked-{hashlib.sha256(depends).hexdigest()[:16]}.pickle"
         if not kept.exists():
-            kept.write_bytes(pickle.dumps(self._compare()))
+            keep(kept, pickle.dumps(self._compare()))
         return cast("Checked", pickle.loads(kept.read_bytes()))  # noqa: S301 - own file
 
     def _compare(self) -> Checked:
@@ -387,7 +384,7 @@ class Run:
                 applied = [name for name in names if not is_unadapted(modules.class_name, name)]
                 engine["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in applied})
             adapters = write_modules(tried["lora"].base, names, self.folder / "modules")
-            request = engine_request(served, tried["lora"].base, self.folder / "engine.answers", adapters, **engine)
+            request = engine_request(served, tried["lora"].base, self.folder, adapters, **engine)
         by_key = {trials[column].key: one for column, one in tried.items()}
         return Checked(by_key, request, modules.class_name, unknown)
 
@@ -419,10 +416,10 @@ def main() -> int:
     families = [family for family in FAMILIES if not arguments.only or family.name in arguments.only]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        work = arguments.work or Path(name)
-        runs = [Run(family, work, _sources(), tuple(arguments.columns or ())) for family in families]
-        left = [run for run in runs if not run.trained]
-        for run, seconds in zip(left, in_processes(Run.train, left, arguments.processes), strict=True):
+        work = (arguments.work or Path(name)).resolve()
+        checks = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        runs = [Run(family, work, _sources(), checks, tuple(arguments.columns or ())) for family in families]
+        for run, seconds in zip(runs, in_processes(Run.train, runs, arguments.processes), strict=True):
             write_line(f"{run.family.name}: trained in {seconds:.0f} CPU seconds")
         checked = {}
         for run, each in zip(runs, in_processes(Run.check, runs, arguments.processes), strict=True):

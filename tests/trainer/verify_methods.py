@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,7 +52,10 @@ if TYPE_CHECKING:
 PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
 RELOAD_LIMIT, PARITY_LIMIT = 2e-5, 1e-4
 """Limits of the largest difference of logits, and of log-probabilities returned by vLLM."""
-DOCUMENT = Path(__file__).parents[2] / "docs/methods.md"
+_REPOSITORY = Path(__file__).parents[2]
+DOCUMENT = _REPOSITORY / "docs/methods.md"
+_PROBE = Path(__file__).with_name("engine_probe.py")
+_ENGINE_LOCK = _REPOSITORY / "server-image/engine-cpu/uv.lock"
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -160,14 +165,22 @@ def reload_trial(trial: Trial) -> Tried:
 def _train(output: Path, job: dict[str, Any], base: Path) -> Tried:
     kept = output / "trained.json"
     if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(_run(output, job)))
+        shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
+        output.mkdir(parents=True)
+        keep(kept, json.dumps(_run(output, job)).encode())
     result = TrainerResult.model_validate_json((output / "message").read_text())
     logits = json.loads(kept.read_text())
     (fields,) = job["spec"]["method"].values()
     quantized = "qlora" in job["spec"]["method"] or "quantization" in fields
     trained = None if logits is None else [torch.tensor(one) for one in logits]
     return Tried(base, quantized, result, output / "artifact", trained)
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Write a file that is there as a whole or not at all, even if this process is killed."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(content)
+    partial.rename(file)
 
 
 def _run(output: Path, job: dict[str, Any]) -> list[list[float]] | None:
@@ -228,27 +241,37 @@ def compare_reloaded(tried: Tried, *, published: bool = False) -> None:
 
 
 def engine_request(
-    tried: dict[str, Tried], base: Path, answers: Path, modules: Mapping[str, Path] | None = None, **arguments: Any
+    tried: dict[str, Tried], base: Path, folder: Path, modules: Mapping[str, Path] | None = None, **arguments: Any
 ) -> dict[str, Any]:
     """Return the request for `ask_engines` about the adapters that are reported as servable.
+
+    Answers are kept in a file that is named by everything that they depend on.
 
     Args:
         tried: what was trained on one base.
         base: folder of the base.
-        answers: file for the answers.
+        folder: folder for the answers.
         modules: folders of adapters of the modules of one name, by name.
         arguments: further arguments of vLLM's `LLM`.
     """
     served = {
-        key: str(one.artifact)
+        key: one.artifact
         for key, one in tried.items()
         if one.result.artifact is not None and one.result.artifact.servable.vllm
     }
+    modules = modules or {}
+    digest = hashlib.sha256(repr(arguments).encode())
+    for file in (_PROBE, _ENGINE_LOCK):
+        digest.update(file.read_bytes())
+    for name, read in [("", base), *served.items(), *modules.items()]:
+        for file in sorted(file for file in read.rglob("*") if file.is_file()):
+            digest.update(f"{name} {file.relative_to(read)} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes())
     return {
         "base": str(base),
-        "artifacts": served,
-        "modules": {name: str(folder) for name, folder in (modules or {}).items()},
-        "answers": str(answers),
+        "artifacts": {key: str(artifact) for key, artifact in served.items()},
+        "modules": {name: str(adapter) for name, adapter in modules.items()},
+        "answers": str(folder / f"answers-{digest.hexdigest()[:16]}.json"),
         "arguments": arguments,
     }
 
@@ -264,8 +287,7 @@ def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path, at_onc
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    probe = Path(__file__).with_name("engine_probe.py")
-    subprocess.run([engine / "bin/python", probe, listed, str(at_once)], check=True, env=environment)
+    subprocess.run([engine / "bin/python", _PROBE, listed, str(at_once)], check=True, env=environment)
 
 
 def _answered(request: dict[str, Any]) -> bool:
@@ -417,7 +439,7 @@ def main() -> int:
     missing = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - PEFT_TYPES
     assert not missing, f"PEFT has methods without a case: {missing}"
     with tempfile.TemporaryDirectory() as name:
-        work = arguments.work or Path(name)
+        work = (arguments.work or Path(name)).resolve()
         base = work / "base"
         if not base.exists():
             make(base, hidden=128)
@@ -437,7 +459,7 @@ def main() -> int:
             for one, found in zip(trials, in_processes(reload_trial, trials, arguments.processes), strict=True)
         }
         if arguments.engine:
-            request = engine_request(tried, base, work / "engine.answers")
+            request = engine_request(tried, base, work)
             ask_engines([request], arguments.engine, work)
             fill_in_answers(tried, request)
     return report(document(tried), DOCUMENT, tried, only=bool(arguments.only))
