@@ -1,8 +1,9 @@
 """Runs in vLLM's environment: loads adapters and compares their answers with those of the trainer or of PEFT.
 
-Reads `[{"base": folder, "artifacts": {key: folder}, "modules": {name: folder}, "answers": file, "arguments": of
-LLM}]`. Each artifact has a parity.json; each adapter of the modules of a name has a file module.json: `{"tokens",
-"base", "adapter"}`, a prompt and the log-probabilities of its tokens after the first.
+Reads lines `{"base": folder, "artifacts": {key: folder}, "modules": {name: folder}, "answers": file, "arguments": of
+LLM}` and starts an engine for each as it comes. Each artifact has a parity.json; each adapter of the modules of a name
+has a file module.json: `{"tokens", "base", "adapter"}`, a prompt and the log-probabilities of its tokens after the
+first.
 
 Writes to each file `adapters`, by key: `{"difference", "base"}` of adapter and base, or `{"error"}` of an adapter that
 is refused; `modules`, by name: `{"difference", "effect"}`, or `{"error"}`; and `failure`: why the engine does not run,
@@ -12,6 +13,7 @@ or null.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -28,8 +30,8 @@ from vllm.model_executor.models import registry
 
 PREPARED = ("vllm.v1.engine.llm_engine", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "vllm.lora.punica_wrapper")
 """Modules that every engine imports."""
-SECONDS = 300
-"""Time limit of an engine."""
+SECONDS = 900
+"""Time limit of an engine, on a machine that other processes use too."""
 
 
 def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None) -> float:
@@ -140,15 +142,22 @@ def probe(request: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def main(listed: Path, at_once: int) -> None:
+def main(at_once: int) -> None:
     """Start an engine for each request; see the module's docstring."""
     for name in PREPARED:
         import_module(name)
+    # Otherwise each engine's process copies every object of these modules, which its garbage collector visits.
+    gc.freeze()
     with ThreadPoolExecutor(at_once) as engines:
-        for request, _ in zip(requests := json.loads(listed.read_text()), engines.map(probe, requests), strict=True):
-            sys.stdout.write(f"{request['base']}: vLLM answered\n")
-            sys.stdout.flush()
+        for line in sys.stdin:
+            engines.submit(_answer, json.loads(line))
+
+
+def _answer(request: dict[str, Any]) -> None:
+    probe(request)
+    sys.stdout.write(f"{request['base']}: vLLM answered\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

@@ -11,7 +11,7 @@ import pytest
 from tests.trainer.foreign_rig import import_adapter, peft_adapter, rename_tensors
 from tests.trainer.test_import_layouts import ALL, NAMES, as_mlx, initialized
 from tests.trainer.tiny_model import make
-from tests.trainer.verify_methods import ask_engines
+from tests.trainer.verify_methods import engines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +57,8 @@ def test_an_engine_computes_what_peft_recorded(tmp_path: Path) -> None:
         "answers": str(answers),
         "arguments": {},
     }
-    ask_engines([request], ENGINE, tmp_path)
+    with engines(ENGINE) as ask:
+        ask(request)
     found = json.loads(answers.read_text())["adapters"]
     print(found)  # noqa: T201 - the figures of the report
     assert {name: answer["difference"] <= LIMIT and answer["base"] <= LIMIT for name, answer in found.items()} == (

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,14 +34,15 @@ from tests.trainer.architectures import FAMILIES, LEFT_OUT, VOCABULARY, Family, 
 from tests.trainer.verify_methods import (
     PARITY_LIMIT,
     Trial,
-    ask_engines,
+    apart,
     compare_reloaded,
     engine_request,
+    engines,
     figure,
     fill_in_answers,
-    in_processes,
     keep,
     parser_of,
+    prepare_processes,
     report,
     write_line,
 )
@@ -58,7 +61,7 @@ from tunesmith.contracts.vllm_architectures import LATENT_ATTENTION, VLLM, WITH_
 from tunesmith.contracts.vllm_modules import UNADAPTED
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError, check_config, check_header, check_length, weight_bounds
-from tunesmith_trainer.methods.targets import adaptable, modules_of
+from tunesmith_trainer.methods.targets import BYPASSED, adaptable, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -113,14 +116,22 @@ def methods_of(family: Family) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def of_peft(family: Family) -> int:
-    """Return the number of parameters that PEFT's own all-linear trains; 0 if PEFT refuses it."""
+    """Return the number of parameters that PEFT's own all-linear trains; 0 if PEFT refuses it.
+
+    Without those that training bypasses.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(family.config)
     try:
         adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     except ValueError:
         return 0
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    bypassed = f".{BYPASSED.get(family.model_type)}.lora_"
+    return sum(
+        parameter.numel()
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad and bypassed not in name
+    )
 
 
 def write_modules(base: Path, names: Iterable[str], folder: Path) -> dict[str, Path]:
@@ -290,7 +301,7 @@ class Checked:
 
     Args:
         tried: results, by `<family>/<column>`.
-        request: request for `ask_engines`; None: the engine's answers cannot be compared.
+        request: request for `engines`; None: the engine's answers cannot be compared.
         class_name: architecture, as vLLM knows it.
         unknown: modules, without the numbers of layers, that agents do not find among the published weights.
     """
@@ -351,13 +362,19 @@ class Run:
             trial.run()
         return time.process_time() - started
 
-    def check(self) -> Checked:
-        """Compare what was trained with PEFT, in a process that did not train it, if that was not done yet."""
+    def check(self) -> tuple[float, Checked]:
+        """Compare what was trained with PEFT, in a process that did not train it, if that was not done yet.
+
+        Returns:
+            The seconds of computing, and the results.
+        """
+        started = time.process_time()
         depends = f"{self.checks} {self.columns}".encode()
         kept = self.folder / f"checked-{hashlib.sha256(depends).hexdigest()[:16]}.pickle"
         if not kept.exists():
             keep(kept, pickle.dumps(self._compare()))
-        return cast("Checked", pickle.loads(kept.read_bytes()))  # noqa: S301 - own file
+        checked = cast("Checked", pickle.loads(kept.read_bytes()))  # noqa: S301 - own file
+        return time.process_time() - started, checked
 
     def _compare(self) -> Checked:
         modules = modules_of(self.family.config)
@@ -389,6 +406,13 @@ class Run:
         return Checked(by_key, request, modules.class_name, unknown)
 
 
+def measure(run: Run) -> tuple[float, Checked]:
+    """Train and check a family, each in a process of its own; return the seconds of computing and the results."""
+    training = apart(Run.train, run)
+    checking, checked = apart(Run.check, run)
+    return training + checking, checked
+
+
 def _sources() -> str:
     """Return a digest of the programs that determine the results."""
     digest = hashlib.sha256()
@@ -412,25 +436,25 @@ def main() -> int:
     parser = parser_of(__doc__, "families")
     parser.add_argument("--columns", nargs="*", help="columns to measure, with --only: lora, qlora, ia3, full, …")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    prepare_processes()
     families = [family for family in FAMILIES if not arguments.only or family.name in arguments.only]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         work = (arguments.work or Path(name)).resolve()
         checks = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         runs = [Run(family, work, _sources(), checks, tuple(arguments.columns or ())) for family in families]
-        for run, seconds in zip(runs, in_processes(Run.train, runs, arguments.processes), strict=True):
-            write_line(f"{run.family.name}: trained in {seconds:.0f} CPU seconds")
         checked = {}
-        for run, each in zip(runs, in_processes(Run.check, runs, arguments.processes), strict=True):
-            checked[run.family.name] = each
-            problems = [problem for one in each.tried.values() for problem in one.problems]
-            write_line(f"{run.family.name}: {'; '.join(problems) or 'as PEFT'}")
+        asked = engines(arguments.engine, arguments.processes) if arguments.engine else nullcontext(lambda _: None)
+        with asked as ask, ThreadPoolExecutor(arguments.processes) as threads:
+            for run, (seconds, each) in zip(runs, threads.map(measure, runs), strict=True):
+                checked[run.family.name] = each
+                problems = [problem for one in each.tried.values() for problem in one.problems]
+                write_line(f"{run.family.name}: {'; '.join(problems) or 'as PEFT'}; {seconds:.0f} CPU seconds")
+                if each.request:
+                    ask(each.request)
+            write_line(f"checked after {time.monotonic() - started:.0f} seconds")
         tried = {key: one for each in checked.values() for key, one in each.tried.items()}
-        write_line(f"checked after {time.monotonic() - started:.0f} seconds")
         if arguments.engine:
-            requests = [each.request for each in checked.values() if each.request]
-            ask_engines(requests, arguments.engine, work, arguments.processes)
             found: dict[str, frozenset[str]] = {}
             for family, each in zip(families, checked.values(), strict=True):
                 answers = fill_in_answers(tried, each.request, limit_of(family)) if each.request else {}

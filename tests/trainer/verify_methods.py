@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -56,6 +58,7 @@ _REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = _REPOSITORY / "docs/methods.md"
 _PROBE = Path(__file__).with_name("engine_probe.py")
 _ENGINE_LOCK = _REPOSITORY / "server-image/engine-cpu/uv.lock"
+_IMPORTED_LATE = ("transformers.trainer", "tunesmith_trainer.training.loop", "bitsandbytes", "PIL.PngImagePlugin")
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -121,36 +124,41 @@ class Trial:
         return tried
 
 
-def in_processes(function: Callable[[T], R], items: list[T], at_once: int) -> Iterator[R]:
-    """Yield a function's result for each item, from processes of their own.
+def apart(function: Callable[[T], R], item: T) -> R:
+    """Return a function's result from a process of its own.
 
-    They are forks, which need not import anything again.
-
-    Args:
-        function: function of one item.
-        items: items, each of which gets a process.
-        at_once: number of processes that run at the same time.
+    It is a fork, which need not import anything again.
 
     Raises:
-        ChildProcessError: a process failed; its output has the reason.
+        ChildProcessError: the process failed; its output has the reason.
     """
     context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send_bytes(pickle.dumps(function(item))))
+    process.start()
+    sender.close()
+    try:
+        return pickle.loads(receiver.recv_bytes())  # noqa: S301 - own process
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"{item}: the process exited with status {process.exitcode}") from None
+    finally:
+        process.join()
 
-    def apart(item: T) -> R:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=lambda: sender.send_bytes(pickle.dumps(function(item))))
-        process.start()
-        sender.close()
-        try:
-            return pickle.loads(receiver.recv_bytes())  # noqa: S301 - own process
-        except EOFError:
-            process.join()
-            raise ChildProcessError(f"{item}: the process exited with status {process.exitcode}") from None
-        finally:
-            process.join()
 
+def in_processes(function: Callable[[T], R], items: list[T], at_once: int) -> Iterator[R]:
+    """Yield a function's result for each item, each from a process of its own, `at_once` of which run at a time."""
     with ThreadPoolExecutor(at_once) as threads:
-        yield from threads.map(apart, items)
+        yield from threads.map(partial(apart, function), items)
+
+
+def prepare_processes() -> None:
+    """Prepare this process for forks: import what training imports late."""
+    torch.set_num_threads(1)
+    for name in _IMPORTED_LATE:
+        import_module(name)
+    # Otherwise each process copies every object of these modules, which its garbage collector visits.
+    gc.freeze()
 
 
 def reload_trial(trial: Trial) -> Tried:
@@ -243,7 +251,7 @@ def compare_reloaded(tried: Tried, *, published: bool = False) -> None:
 def engine_request(
     tried: dict[str, Tried], base: Path, folder: Path, modules: Mapping[str, Path] | None = None, **arguments: Any
 ) -> dict[str, Any]:
-    """Return the request for `ask_engines` about the adapters that are reported as servable.
+    """Return the request for `engines` about the adapters that are reported as servable.
 
     Answers are kept in a file that is named by everything that they depend on.
 
@@ -276,10 +284,17 @@ def engine_request(
     }
 
 
-def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path, at_once: int = 1) -> None:
-    """Have a real vLLM answer the requests that have no answers yet."""
-    listed = work / "engine.json"
-    listed.write_text(json.dumps([one for one in requests if _asks(one) and not _answered(one)]))
+@contextlib.contextmanager
+def engines(engine: Path, at_once: int = 1) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Have real vLLMs answer requests as they come; the block's end waits for the answers.
+
+    Args:
+        engine: environment with vLLM.
+        at_once: number of engines that run at the same time.
+
+    Yields:
+        A function of a request, which is ignored if it asks for nothing or has its answers already.
+    """
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -287,7 +302,19 @@ def ask_engines(requests: list[dict[str, Any]], engine: Path, work: Path, at_onc
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    subprocess.run([engine / "bin/python", _PROBE, listed, str(at_once)], check=True, env=environment)
+    command = [engine / "bin/python", _PROBE, str(at_once)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdin is not None
+        asked = process.stdin
+
+        def ask(request: dict[str, Any]) -> None:
+            if _asks(request) and not _answered(request):
+                asked.write(f"{json.dumps(request)}\n")
+                asked.flush()
+
+        yield ask
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def _answered(request: dict[str, Any]) -> bool:
@@ -300,7 +327,7 @@ def _asks(request: dict[str, Any]) -> bool:
 
 
 def fill_in_answers(tried: dict[str, Tried], request: dict[str, Any], limit: float = PARITY_LIMIT) -> dict[str, Any]:
-    """Fill in the results of `ask_engines`; return those about modules.
+    """Fill in the results of `engines`; return those about modules.
 
     Args:
         tried: what was trained.
@@ -435,7 +462,7 @@ def main() -> int:
     """Write the table; return 1 if a method does not match its verdict."""
     parser = parser_of(__doc__, "methods")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    prepare_processes()
     missing = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - PEFT_TYPES
     assert not missing, f"PEFT has methods without a case: {missing}"
     with tempfile.TemporaryDirectory() as name:
@@ -460,7 +487,8 @@ def main() -> int:
         }
         if arguments.engine:
             request = engine_request(tried, base, work)
-            ask_engines([request], arguments.engine, work)
+            with engines(arguments.engine) as ask:
+                ask(request)
             fill_in_answers(tried, request)
     return report(document(tried), DOCUMENT, tried, only=bool(arguments.only))
 

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from tunesmith.api.method import Method
     from tunesmith_trainer.methods.targets import Modules
 
-_CLAMPED = frozenset({"gemma3n_text"})
-"""Architectures that clamp weights of linear modules while they compute (AltUp's coefficients)."""
 _LEAST_QUANTIZED = 0.5
 """Least share of the weights in a base's layers that 4 bits must apply to."""
 _EMBEDDING = "embed_tokens"
@@ -107,7 +105,7 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
 
 def _check_quantizable(modules: Modules) -> None:
     """Raise InvalidSpecError if bitsandbytes would leave most of the layers' weights as they are."""
-    if modules.architecture in BYPASSED.keys() | _CLAMPED or modules.grouped:
+    if modules.architecture in BYPASSED or modules.grouped:
         raise InvalidSpecError(
             f"method: the layers of a {modules.architecture} compute with the weights of linear modules themselves, "
             "which 4 bits do not allow: use method.lora"

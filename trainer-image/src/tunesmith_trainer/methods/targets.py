@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 
     from tunesmith_trainer.base_model.stored import StoredQuantization
 
-BYPASSED = {"mamba": "dt_proj", "falcon_mamba": "dt_proj", "jamba": "dt_proj", "longcat_flash": "classifier"}
+BYPASSED = {
+    "mamba": "dt_proj",
+    "falcon_mamba": "dt_proj",
+    "jamba": "dt_proj",
+    "longcat_flash": "classifier",
+    # In training only, with its weights clamped: an adapter would get no gradient.
+    "gemma3n_text": "correction_coefs",
+}
 """Linear modules with whose weights the layers multiply themselves, past an adapter or 4 bits, by architecture."""
 OWN_EXPERTS = frozenset({"dbrx"})
 """Architectures whose layers multiply with the weights of experts themselves, past an adapter."""
