@@ -40,7 +40,7 @@ from tests.trainer.methods_cases import CASES, LOFTQ, PEFT_TYPES, Case
 from tests.trainer.tiny_model import make
 from tests.trainer.trainer_rig import chat_rows, job_manifest, write_rows
 from tunesmith.api.methods.fields import Quantization
-from tunesmith.contracts.result import TrainerResult
+from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith.contracts.servability import ADAPTER_CONFIG
 from tunesmith_trainer import stages  # noqa: F401 - which the trainer's command imports late: once for all processes
 from tunesmith_trainer.base_model import model as base_model
@@ -172,12 +172,18 @@ def reload_trial(trial: Trial) -> Tried:
 
 def _train(output: Path, job: dict[str, Any], base: Path) -> Tried:
     kept = output / "trained.json"
-    if not kept.exists():
+    if kept.exists():
+        logits = json.loads(kept.read_text())
+    else:
         shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
         output.mkdir(parents=True)
-        keep(kept, json.dumps(_run(output, job)).encode())
+        logits = _run(output, job)
     result = TrainerResult.model_validate_json((output / "message").read_text())
-    logits = json.loads(kept.read_text())
+    if result.outcome is Outcome.PREEMPTED:
+        sys.exit(result.exit_code)
+    # Another failure may be that of an interrupted run.
+    if not kept.exists() and result.reason in {None, "InvalidSpec", "NotServable"}:
+        keep(kept, json.dumps(logits).encode())
     (fields,) = job["spec"]["method"].values()
     quantized = "qlora" in job["spec"]["method"] or "quantization" in fields
     trained = None if logits is None else [torch.tensor(one) for one in logits]
