@@ -307,19 +307,26 @@ def engines(engine: Path, at_once: int = 1) -> Iterator[Callable[[dict[str, Any]
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        # Compiling a few functions would take much longer than everything that an engine computes here.
+        "TORCH_COMPILE_DISABLE": "1",
     }
     command = [engine / "bin/python", _PROBE, str(at_once)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdin is not None
-        asked = process.stdin
+    with contextlib.ExitStack() as until_answered:
+        process: subprocess.Popen[str] | None = None
 
         def ask(request: dict[str, Any]) -> None:
-            if _asks(request) and not _answered(request):
-                asked.write(f"{json.dumps(request)}\n")
-                asked.flush()
+            nonlocal process
+            if not _asks(request) or _answered(request):
+                return
+            if process is None:
+                started = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+                process = until_answered.enter_context(started)
+            assert process.stdin is not None
+            process.stdin.write(f"{json.dumps(request)}\n")
+            process.stdin.flush()
 
         yield ask
-    if process.returncode:
+    if process is not None and process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
