@@ -133,6 +133,10 @@ def write_modules(base: Path, names: Iterable[str], folder: Path) -> dict[str, P
                 break
         folders[group] = folder / group
         adapted.save_pretrained(folders[group])
+        # PEFT writes a set; the same content has the same answers.
+        saved = folders[group] / ADAPTER_CONFIG
+        content = json.loads(saved.read_text())
+        saved.write_text(json.dumps(content | {"target_modules": sorted(content["target_modules"])}))
         answer = {"tokens": tokens.tolist(), "base": without.tolist(), "adapter": found.tolist()}
         (folders[group] / "module.json").write_text(json.dumps(answer))
         model = adapted.unload()
