@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-publishing benchmark-registration benchmark-routing benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-autoscaling benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-publishing benchmark-registration benchmark-routing benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -59,6 +59,10 @@ verify-fuzz-adapters: environment-server ## Check 10,000 mutated adapters as an 
 
 benchmark-operator: environment ## Measure the operator's work with up to 4,000 adapters in a namespace
 	@$(STEP) --live "operator" $(RUN) python -m benchmarks.operator.benchmark
+
+benchmark-autoscaling: environment ## Compare the operator's scaling with a fixed pool, an HPA and Dynamo's on a simulated day (SEED=1); fails if it saves too little
+	@$(STEP) --live "autoscaling" $(UV) run --frozen --no-sync --with 'matplotlib>=3.10,<4' python -m benchmarks.autoscaling.benchmark \
+	  --seed $(or $(SEED),1) --plot out/benchmark-autoscaling.png
 
 benchmark-gateway: environment ## Measure a gateway that reads 10,000 adapters and API keys; fails above 3 s of CPU or a pause of 100 ms
 	@$(STEP) --live "gateway" $(RUN) python -m benchmarks.gateway.benchmark

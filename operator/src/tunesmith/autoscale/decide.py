@@ -1,7 +1,8 @@
 """Decide the number of copies of an adapter and of pods of a pool. Pure: times are arguments.
 
-Sizes follow the mean demand of the last minute. If the mean of the last six seconds needs twice the size, they follow
-that one, and nothing shrinks for a minute ("panic"); this is the algorithm of Knative's pod autoscaler
+Sizes follow the mean demand of the last minute. If the mean of the last six seconds needs twice the size, or is higher
+than that of the last minute by more than chance explains, they follow that one, and nothing shrinks for a minute
+("panic"); without the second condition this is the algorithm of Knative's pod autoscaler
 (knative.dev/docs/serving/autoscaling/kpa-specific). They shrink only to what the highest mean of the last
 `scaleDownDelaySeconds` needs, at most to half at a time, and to zero only after `idleSeconds` without a request. The
 first request of an idle resource counts at once.
@@ -15,7 +16,7 @@ A decision is a function of its `Inputs` alone, which can be recorded and decide
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, sqrt
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tunesmith.autoscale.window import PANIC_SECONDS, STABLE_SECONDS, Means, Window
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 PANIC_FACTOR = 2.0
 """Multiple of the current size that the demand of the last seconds must need for a panic."""
+PANIC_DEVIATIONS = 3.0
+"""Or the rise over the last minute's mean, in standard deviations: requests that arrive independently of each other
+vary by the square root of their mean number. The size of a large pool rarely doubles."""
 MAX_GROWTH = 10
 """A size grows at most to this multiple of itself at a time."""
 SHRINK_INTERVAL_SECONDS = 10.0
@@ -256,7 +260,11 @@ class _Choice:
     def decision(self) -> Decision:
         inputs, current = self._inputs, self._current
         stable, panic = self._need(inputs.stable, STABLE_SECONDS), self._need(inputs.panic, PANIC_SECONDS)
-        panics = panic.size > 1 and panic.size >= PANIC_FACTOR * current
+        usual = max(0.0, inputs.stable.load)
+        panics = panic.size > 1 and (
+            panic.size >= PANIC_FACTOR * current
+            or (panic.size > current and inputs.panic.load > usual + PANIC_DEVIATIONS * sqrt(usual))
+        )
         panic_seconds = STABLE_SECONDS if panics else inputs.panic_seconds
         if not current and not inputs.requests:  # past requests bring nothing back from zero
             needed = _Need(0, stable.reason)

@@ -17,7 +17,7 @@ from tunesmith.autoscale.demand import Demand, demand_of
 from tunesmith.contracts.load import NEGLIGIBLE_RATE, Load
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _READY, _END, _LEAVE = range(3)
 """Kinds of events, in the order in which events of the same time happen; decisions are before, arrivals after them."""
@@ -60,6 +60,7 @@ class Outcome:
     Attributes:
         gpu_hours: sum over all pods.
         waits: seconds that each request waited for a pod, sorted.
+        worst: highest wait in seconds of the requests that arrived in each minute.
         unserved: requests that still waited at the end.
         sizes: time in seconds and number of pods, at each change.
         changes: number of changes of the desired number of pods.
@@ -67,6 +68,7 @@ class Outcome:
 
     gpu_hours: float
     waits: Sequence[float]
+    worst: Sequence[float]
     unserved: int
     sizes: Sequence[tuple[float, int]]
     changes: int
@@ -179,6 +181,35 @@ def simulate(trace: Sequence[Arrival], policy: Policy, timing: Timing, seconds: 
     return run.outcome(trace, end)
 
 
+def smallest(
+    trace: Sequence[Arrival],
+    policy_of: Callable[[int], Policy],
+    timing: Timing,
+    wait: float,
+    unserved: int,
+    most: int,
+) -> tuple[int, Outcome] | None:
+    """Return the smallest size with which requests wait no longer, and its outcome; None if there is none.
+
+    Args:
+        trace: requests, sorted by time.
+        policy_of: returns the policy of a size.
+        timing: times and sizes of the pool.
+        wait: highest 99th percentile of the waits, in seconds.
+        unserved: highest number of requests that still wait at the end.
+        most: highest size.
+    """
+    low, high, found = 1, most, None
+    while low <= high:
+        size = (low + high) // 2
+        outcome = simulate(trace, policy_of(size), timing)
+        if outcome.unserved <= unserved and outcome.wait(0.99) <= wait:
+            found, high = (size, outcome), size - 1
+        else:
+            low = size + 1
+    return found
+
+
 class _Run:
     def __init__(self, models: Sequence[str], policy: Policy, timing: Timing) -> None:
         self._policy, self._timing = policy, timing
@@ -193,6 +224,7 @@ class _Run:
         """The latest copies, and the version of the pods on which they are placed."""
         self._version = 0
         self._waits: list[float] = []
+        self._worst: dict[int, float] = {}
         self._sizes: list[tuple[float, int]] = []
         self._desired, self._changes, self._pod_seconds, self._number = -1, 0, 0.0, 0
 
@@ -217,7 +249,10 @@ class _Run:
             self._pod_seconds += end - pod.created
         unserved = sum(len(queue) for queue in self._queues.values())
         hours = self._pod_seconds * max(1, self._timing.gpus) / 3600
-        return Outcome(hours, sorted(self._waits), unserved, self._sizes, self._changes)
+        return Outcome(hours, sorted(self._waits), self._worst_waits(), unserved, self._sizes, self._changes)
+
+    def _worst_waits(self) -> list[float]:
+        return [self._worst.get(minute, 0.0) for minute in range(max(self._worst, default=-1) + 1)]
 
     def _push(self, at: float, kind: int, what: object) -> None:
         self._count += 1
@@ -345,6 +380,8 @@ class _Run:
 
     def _start(self, now: float, pod: _Pod, arrival: Arrival) -> None:
         self._waits.append(now - arrival.at)
+        minute = int(arrival.at // 60)
+        self._worst[minute] = max(self._worst.get(minute, 0.0), now - arrival.at)
         pod.running += 1
         pod.active[arrival.model] = pod.active.get(arrival.model, 0) + 1
         self._state.start(arrival.model)

@@ -15,8 +15,9 @@ from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.autoscaling import AdapterAutoscaling
 from tunesmith.api.manifest import ManifestError, load_document
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.autoscale.policies import Fixed, Hpa, Tunesmith
-from tunesmith.autoscale.simulate import Arrival, Outcome, Policy, Timing, simulate
+from tunesmith.autoscale.policies import Dynamo, Fixed, Hpa, Tunesmith
+from tunesmith.autoscale.record import read
+from tunesmith.autoscale.simulate import Arrival, Outcome, Policy, Timing, simulate, smallest
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, note, print_json, print_table
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tunesmith.api.autoscaling import Autoscaling
 
 MAX_REQUESTS = 5_000_000
+DEFAULT_START_SECONDS = 60.0
 _COLUMNS = ("time", "model", "seconds")
 _LONGEST_SECONDS = 7 * 86400
 _OK = 200
@@ -33,26 +35,50 @@ Resource = TypeVar("Resource", ServingPool, AdapterDeployment)
 
 
 def simulate_(
-    trace: Annotated[Path, typer.Option(help="CSV with time, model, seconds; or the gateway's access log.")],
-    filename: Annotated[Path, typer.Option("--filename", "-f", help="Manifest of the ServingPool, with autoscaling.")],
+    trace: Annotated[
+        Path | None, typer.Option(help="CSV with time, model, seconds; or the gateway's access log.")
+    ] = None,
+    filename: Annotated[
+        Path | None, typer.Option("--filename", "-f", help="Manifest of the ServingPool, with autoscaling.")
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(help="Manifest of an AdapterDeployment, whose autoscaling holds for every model; absent: 0 to 8."),
     ] = None,
-    start_seconds: Annotated[float, typer.Option(min=0, help="From the creation of a pod until it serves.")] = 60.0,
+    start_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="From the creation of a pod until it serves; absent: the manifest's status.engineStartSeconds, or 60.",
+        ),
+    ] = None,
     load_seconds: Annotated[float, typer.Option(min=0, help="From the placement of an adapter until it answers.")] = 1,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests that a pod computes at once; absent: twice targetConcurrency.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG of pods and waits over time to write; needs the extra tunesmith[plot].")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Operator's log, whose recorded decisions are taken again instead.")
+    ] = None,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
-    """Replay a trace of requests through the operator's own scaling decisions.
+    """Replay a trace of requests, or recorded decisions, through the operator's own scaling decisions.
 
-    Beside them are one HorizontalPodAutoscaler on the pool's requests, and the smallest fixed pool whose requests wait
-    no longer. In both, every pod holds every adapter.
+    Beside them are one HorizontalPodAutoscaler on the pool's requests, and the smallest fixed pools whose requests wait
+    no longer: one in which every pod holds every adapter, as with the HorizontalPodAutoscaler, and one whose copies are
+    in proportion to the arrivals, as NVIDIA Dynamo computes them.
 
-    Example: tunesmith simulate --trace access.log -f pool.yaml --start-seconds 90
+    Examples:
+      tunesmith simulate --trace access.log -f pool.yaml --start-seconds 90
+      tunesmith simulate --replay operator.log
     """
+    if replay is not None:
+        _replay(replay, output_format)
+        return
+    if trace is None or filename is None:
+        raise CliError("pass --trace and --filename, or --replay", Exit.USAGE)
     pool = _read(filename, ServingPool)
     rule = pool.spec.autoscaling
     if rule is None:
@@ -63,8 +89,9 @@ def simulate_(
     first = rows[0][0]
     arrivals = [Arrival(at - first, model, seconds) for at, model, seconds in rows]
     models = sorted({arrival.model for arrival in arrivals})
+    measured = pool.status.engine_start_seconds
     timing = Timing(
-        start_seconds=start_seconds,
+        start_seconds=start_seconds if start_seconds is not None else measured or DEFAULT_START_SECONDS,
         load_seconds=load_seconds,
         concurrency=concurrency or 2 * rule.target_concurrency,
         capacity=pool.spec.engine.adapter_capacity,
@@ -79,16 +106,83 @@ def simulate_(
     for name, policy in policies:
         note(f"simulating {name} with {len(arrivals)} requests for {len(models)} models")
         outcomes.append((name, simulate(arrivals, policy, timing)))
-    fixed = _fixed(arrivals, models, timing, outcomes[0][1], rule)
-    if fixed is not None:
-        outcomes.append(fixed)
-    else:
-        note(f"No fixed pool of up to {rule.max_replicas} pods waits as little.")
+    own = outcomes[0][1]
+    for name, policy_of in (
+        ("fixed", lambda pods: Fixed(pods, models)),
+        ("dynamo-like", lambda pods: Dynamo(Fixed(pods, models), timing.slots)),
+    ):
+        found = smallest(arrivals, policy_of, timing, own.wait(0.99), own.unserved, rule.max_replicas)
+        if found is not None:
+            outcomes.append((f"{name} ({found[0]} pods)", found[1]))
+        else:
+            note(f"No {name} pool of up to {rule.max_replicas} pods waits as little.")
+    if plot is not None:
+        _plot(outcomes, plot)
     if output_format is Format.JSON:
         print_json([{"policy": name, **_figures(outcome)} for name, outcome in outcomes])
         return
     heads = ("POLICY", "GPU-HOURS", "PODS", "CHANGES", "WAIT P50", "P95", "P99", "UNSERVED")
     print_table(heads, [_row(name, outcome) for name, outcome in outcomes], empty="")
+
+
+def _replay(path: Path, output_format: Format) -> None:
+    """Take recorded decisions again.
+
+    Raises:
+        CliError: the log cannot be read, or a decision differs.
+    """
+    records = []
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = read(line)
+                except ValueError as error:
+                    raise CliError(f"{path}, line {number}: {error}", Exit.USAGE) from None
+                if record is not None:
+                    records.append((record, record.again()))
+    except OSError as error:
+        raise CliError(f"{path} cannot be read: {error}", Exit.USAGE) from None
+    differing = sum(
+        1 for record, again in records if (record.replicas, record.reason) != (again.replicas, again.reason)
+    )
+    if output_format is Format.JSON:
+        print_json(
+            [
+                {
+                    "resource": record.resource,
+                    "before": record.inputs.current,
+                    "recorded": record.replicas,
+                    "again": again.replicas,
+                    "reason": again.reason,
+                }
+                for record, again in records
+            ]
+        )
+    else:
+        rows = [
+            (record.resource, _size(record.inputs.current), str(record.replicas), str(again.replicas), again.reason)
+            for record, again in records
+        ]
+        heads = ("RESOURCE", "BEFORE", "RECORDED", "AGAIN", "REASON")
+        print_table(heads, rows, empty=f"{path} has no recorded decisions: the operator logs them at level INFO")
+    if differing:
+        raise CliError(f"{differing} of {len(records)} decisions differ: this release decides otherwise", Exit.FAILED)
+
+
+def _size(replicas: int | None) -> str:
+    return "-" if replicas is None else str(replicas)
+
+
+def _plot(outcomes: Sequence[tuple[str, Outcome]], path: Path) -> None:
+    try:
+        from tunesmith.cli.plot import plot_outcomes  # noqa: PLC0415 - an optional extra
+    except ImportError:
+        raise CliError("--plot needs matplotlib: pip install 'tunesmith[plot]'", Exit.USAGE) from None
+    try:
+        plot_outcomes(outcomes, path)
+    except (OSError, ValueError) as error:
+        raise CliError(f"{path} cannot be written: {error}", Exit.USAGE) from None
 
 
 def read_trace(path: Path) -> list[tuple[float, str, float]]:
@@ -183,21 +277,6 @@ def _read(path: Path, kind: type[Resource]) -> Resource:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
         lines = [f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems]
         raise CliError("\n".join(lines), Exit.USAGE) from None
-
-
-def _fixed(
-    arrivals: Sequence[Arrival], models: Sequence[str], timing: Timing, other: Outcome, rule: Autoscaling
-) -> tuple[str, Outcome] | None:
-    """Return the smallest fixed pool whose 99th percentile of waits is not above another outcome's."""
-    low, high, found = 1, rule.max_replicas, None
-    while low <= high:
-        pods = (low + high) // 2
-        outcome = simulate(arrivals, Fixed(pods, models), timing)
-        if outcome.unserved <= other.unserved and outcome.wait(0.99) <= other.wait(0.99):
-            found, high = (f"fixed ({pods} pods)", outcome), pods - 1
-        else:
-            low = pods + 1
-    return found
 
 
 def _figures(outcome: Outcome) -> dict[str, object]:

@@ -21,6 +21,7 @@ from tunesmith.contracts.ownership import controller_of
 from tunesmith.controller.executor import Executor, name_taken
 from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, owner_keys
+from tunesmith.controller.serving.decision_log import log_size
 from tunesmith.controller.serving.queries import PrometheusQueries
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.jobs.observe import view
@@ -131,6 +132,7 @@ class AdapterDeploymentReconciler:
         )
         if written:
             self._written[adapter.metadata.uid] = time.monotonic()
+            log_size(f"{KIND} {key.namespace}/{key.name}", adapter.status.desired_replicas, decision)
         if written and old is not None and old != status.pool:
             # The old pool is no longer indexed for this adapter, and has to remove it from its pods.
             self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))

@@ -30,6 +30,7 @@ from tunesmith.contracts.scheduling import scheduling_violation
 from tunesmith.controller.finetunejob import BASE_JOB
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, label_keys, owner_keys
 from tunesmith.controller.serving.agents import Target
+from tunesmith.controller.serving.decision_log import log_size
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import MODEL
 from tunesmith.serving.adapter import copies_of, copies_of_rollouts, is_whole, needs_room
@@ -161,7 +162,8 @@ class ServingPoolReconciler:
             pool_plan = plan(pool, replace(observation, refusal=refused), self._context.now(), cache)
         self._wake_adapters(pool, observation, pool_plan, attached)
         if not self._differs_in_requests_only(pool, pool_plan.status):
-            await self._state.statuses.write(manifest, pool_plan.status, events=partial(_events, pool.status))
+            if await self._state.statuses.write(manifest, pool_plan.status, events=partial(_events, pool.status)):
+                log_size(f"{KIND} {key.namespace}/{key.name}", pool.status.desired_replicas, decision)
             self._written[pool.metadata.uid] = time.monotonic()
         return Result(_TICK_SECONDS, rest if rest > _MIN_REST_SECONDS else 0.0)
 
