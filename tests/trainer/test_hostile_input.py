@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import math
 import os
 import shutil
 from datetime import UTC, datetime
@@ -331,16 +332,107 @@ def test_a_hostile_base_model_is_refused(bench: Workbench, name: str) -> None:
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
 
 
-def test_a_base_model_without_some_weights_is_not_trained(bench: Workbench) -> None:
-    """Its library would fill them with random numbers."""
+def _weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(base: Path) -> None:
+        weights = load_file(base / "model.safetensors")
+        change(weights)
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    return lambda base: _change(base / "config.json", **changes)
+
+
+def _index(*shards: str) -> Callable[[Path], None]:
+    def rename(base: Path) -> None:
+        (base / "model.safetensors").rename(base / "weights.safetensors")
+        (base / "pytorch_model.bin").write_bytes(b"a pickle")
+        weight_map = {f"weight {number}": shard for number, shard in enumerate(shards)}
+        (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return rename
+
+
+_QUERIES = "model.layers.0.self_attn.q_proj.weight"
+MISFITS: dict[str, tuple[Callable[[Path], None], str, FailureReason]] = {
+    "without some weights": (
+        # Its library would fill them with random numbers.
+        _weights(lambda weights: weights.pop("model.norm.weight")),
+        "the files of the base model lack weights: model.norm.weight: copy",
+        FailureReason.INVALID_SPEC,
+    ),
+    "a size in the billions": (
+        _config(hidden_size=10**9),
+        "config.json: lm_head.weight has the shape [382, 64] in the files and [382, 1000000000] according to",
+        FailureReason.INVALID_SPEC,
+    ),
+    "another number of heads": (_config(num_key_value_heads=1), "do not fit its config", FailureReason.INVALID_SPEC),
+    "more layers": (_config(num_hidden_layers=3), "lack weights: model.layers.2.", FailureReason.INVALID_SPEC),
+    "another architecture": (_config(model_type="gpt2"), "lack weights: transformer.", FailureReason.INVALID_SPEC),
+    "eight bits without their settings": (
+        _weights(lambda weights: weights.update({_QUERIES: weights[_QUERIES].char()})),
+        "is of the type I8), but its config.json has no quantization_config",
+        FailureReason.INVALID_SPEC,
+    ),
+    "settings of eight bits without them": (
+        _config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        "is published in 8 bits (bitsandbytes int8), but none of its weights is: remove quantization_config",
+        FailureReason.INVALID_SPEC,
+    ),
+    "settings of four bits without them": (
+        _config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "is published in 4 bits (bitsandbytes fp4), but none of its weights is",
+        FailureReason.INVALID_SPEC,
+    ),
+    "a number that is none": (_config(rms_norm_eps=math.nan), "has rms_norm_eps nan", FailureReason.INVALID_SPEC),
+    "a share above one": (_config(attention_dropout=5), "has attention_dropout 5", FailureReason.INVALID_SPEC),
+    "an encoder": (_config(is_encoder_decoder=True), "has an encoder besides its", FailureReason.INVALID_SPEC),
+    "labels by the billion": (_config(num_labels=10**9), "has num_labels 1000000000", FailureReason.INVALID_SPEC),
+    "weights in a file of their own name": (
+        _config(transformers_weights="others.safetensors"),
+        "names its file with weights (transformers_weights), which engines do not read: rename",
+        FailureReason.INVALID_SPEC,
+    ),
+    "an adapter beside": (
+        _file("adapter_config.json", '{"peft_type": "LORA"}'),
+        "has an adapter beside the base model (adapter_config.json), which would be loaded into it",
+        FailureReason.INVALID_SPEC,
+    ),
+    "weights under another name": (
+        lambda base: (base / "model.safetensors").rename(base / "weights.safetensors") and None,
+        "has neither model.safetensors nor model.safetensors.index.json",
+        FailureReason.BASE_MODEL_NOT_FOUND,
+    ),
+    "an index that names nothing": (_index(), "index.json in file", FailureReason.BASE_MODEL_NOT_FOUND),
+    "an index that names a pickle": (
+        _index("weights.safetensors", "pytorch_model.bin"),
+        "names pytorch_model.bin, and only .safetensors files are loaded",
+        FailureReason.BASE_MODEL_NOT_FOUND,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_weights_that_are_not_those_of_the_configuration_need_no_gpu(bench: Workbench, name: str) -> None:
+    breaks, expected, reason = MISFITS[name]
     bench.base = shutil.copytree(bench.base, bench.folder / "base")
-    file = bench.base / "model.safetensors"
-    weights = load_file(file)
-    del weights["model.norm.weight"]
-    save_file(weights, file, metadata={"format": "pt"})
-    ran = bench.run("train", bench.job())
-    assert "the files of the base model lack weights: model.norm.weight: copy" in ran.result.message
-    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
+    breaks(bench.base)
+    ran = bench.run("validate", bench.job())
+    assert expected in ran.result.message
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, reason, False)
+
+
+def test_settings_for_generation_reach_the_artifact_and_nothing_else(bench: Workbench) -> None:
+    """Some would fail hours later, when the artifact is packaged; others would change the recorded answers."""
+    bench.base = shutil.copytree(bench.base, bench.folder / "base")
+    settings = {"eos_token_id": [2], "temperature": 0.6, "repetition_penalty": -1.0, "max_new_tokens": 0, "dola": "x"}
+    text = json.dumps(settings | {"penalty_alpha": 0.6, "cache_implementation": "none", "stop_strings": ["a"]})
+    _file("generation_config.json", text)(bench.base)
+    ran = bench.run("train", bench.job(method={"full": {}}))
+    assert ran.code == 0, ran.result.message
+    assert (bench.output / "artifact/generation_config.json").read_text() == text
 
 
 def test_end_tokens_that_the_tokenizer_does_not_have_are_ignored(bench: Workbench) -> None:

@@ -17,6 +17,8 @@ from tunesmith.contracts.safetensors import LENGTH_BYTES, header_length, parse_h
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tunesmith.contracts.safetensors import Tensor
+
 _IGNORED_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "_commit_hash", "name_or_path", "torch_dtype", "dtype"}
 )
@@ -101,6 +103,25 @@ def base_fingerprint(folder: ModelFolder) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def tensors_of(folder: ModelFolder, file: str, limit: int = _MAX_TENSORS) -> dict[str, Tensor]:
+    """Return the tensors of a base model's safetensors file by name, from its header.
+
+    Args:
+        folder: folder of the base model.
+        file: name of the file.
+        limit: highest number of tensors.
+
+    Raises:
+        ValueError: the file is damaged, or has more tensors.
+    """
+    try:
+        size = folder.size(file)
+        text = folder.read(file, LENGTH_BYTES, header_length(folder.read(file, 0, LENGTH_BYTES), size))
+        return parse_header(text, size, limit)
+    except ValueError as error:
+        raise ValueError(f"{file} of the base model {error}: copy it again") from None
+
+
 def _json(folder: ModelFolder, name: str) -> dict[str, Any]:
     try:
         document = json.loads(folder.read(name))
@@ -122,13 +143,7 @@ def _chat_template(folder: ModelFolder, names: set[str]) -> bytes:
 def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tuple[int, ...], bytes]]:
     found: list[tuple[str, str, tuple[int, ...], bytes]] = []
     for file in weights:
-        try:
-            size = folder.size(file)
-            text = folder.read(file, LENGTH_BYTES, header_length(folder.read(file, 0, LENGTH_BYTES), size))
-            tensors = parse_header(text, size, _MAX_TENSORS - len(found))
-        except ValueError as error:
-            raise ValueError(f"{file} of the base model {error}: copy it again") from None
-        for name, tensor in tensors.items():
+        for name, tensor in tensors_of(folder, file, _MAX_TENSORS - len(found)).items():
             length = min(_SAMPLE, tensor.end - tensor.start)
             offsets = (
                 tensor.start,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.api.output import Merge
@@ -15,7 +15,7 @@ from tunesmith.contracts.location import MERGED_MANIFEST
 from tunesmith_trainer.artifact.parity import serving_type
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits, relative_distance
-from tunesmith_trainer.base_model.stored import dequantize
+from tunesmith_trainer.base_model.stored import copy_generation_settings, dequantize
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.store import file_sha256
 
@@ -72,10 +72,13 @@ def merge(
     _store_as_published(merged, config)
     merged.config.get_text_config().use_cache = getattr(config.get_text_config(), "use_cache", True)
     merged.to(serving_type(config)).save_pretrained(str(target))
+    copy_generation_settings(base, target)
     for file in base_model.tokenizer_files(artifact):
         (target / file.name).write_bytes(file.read_bytes())
     del loaded, merged
-    saved = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
+    saved = AutoModelForCausalLM.from_pretrained(
+        target, dtype=torch.float32, local_files_only=True, generation_config=GenerationConfig()
+    )
     found = last_logits(saved, prompts)
     if not all(bool(logits.isfinite().all()) for logits in found):
         raise SelfCheckError("the merged model's logits are not finite")

@@ -24,7 +24,7 @@ from tunesmith_trainer.artifact import card, curves, merge, parity
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.base_model.logits import relative_distance
 from tunesmith_trainer.base_model.precision import dtype_of
-from tunesmith_trainer.base_model.stored import stored_quantization
+from tunesmith_trainer.base_model.stored import copy_generation_settings, stored_quantization
 from tunesmith_trainer.errors import SelfCheckError, StorageUnavailableError
 from tunesmith_trainer.methods import conversion, full, servable
 from tunesmith_trainer.reporting.curve import CurvePoint
@@ -103,6 +103,7 @@ def _save_weights(
     """
     if prepared.planned.config is None:
         full.save(trained.model, folder, config, parity.serving_type(config))
+        copy_generation_settings(prepared.base, folder)
         full.check(folder)
         return {}
     conversion.save(trained.model, folder)

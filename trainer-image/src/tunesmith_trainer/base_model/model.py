@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from tunesmith_trainer.base_model.convertible import code_conversion, quantized_conversion, weights_conversion
 from tunesmith_trainer.base_model.layers import has_known_layers
-from tunesmith_trainer.base_model.stored import load_published, of_settings, stored_quantization
+from tunesmith_trainer.base_model.stored import GENERATION_CONFIG, load_published, of_settings, stored_quantization
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.libraries import refused
 
@@ -53,10 +54,22 @@ _MAX_LAYERS = 1024
 """Highest number of layers; the modules of each take time and memory, even without weights."""
 _MAX_TOKEN = 2**31 - 1
 """Highest token id: rows are stored as numbers of 32 bits."""
+_SAFETENSORS = ".safetensors"
+_WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_SMALL_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+_ADAPTER_CONFIG = "adapter_config.json"
+_SMALL_FILES = ("config.json", GENERATION_CONFIG, *_TOKENIZER_FILES)
 _MAX_FILE_BYTES = 128 * 2**20
 """Size limit of each file without weights, which are read into memory. Tokenizers of 256,000 tokens take 35 MB."""
+_RANGES = (
+    ("eps", 0.0, 1.0),
+    ("epsilon", 0.0, 1.0),
+    ("dropout", 0.0, 1.0),
+    ("pdrop", 0.0, 1.0),
+    ("rope_theta", 1e-3, math.inf),
+    ("num_labels", 0, 100_000),
+)
+"""Ends of the names of numbers in a config.json with the lowest and highest value; a label takes memory."""
 _CARD, _MAX_CARD = "README.md", 65_536
 """File that names the model that a quantised one was made from, and the characters of it that are read."""
 
@@ -97,9 +110,14 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
             raise InvalidSpecError(
                 f"{name} of the base model {folder.uri} has more than 128 MiB: use a model with a smaller one"
             )
-    _check_index(folder, names)
+    weight_files(folder)
     if folder.local is not None:
         folder.check_links()
+        if _ADAPTER_CONFIG in names:
+            raise InvalidSpecError(
+                f"{folder.uri} has an adapter beside the base model ({_ADAPTER_CONFIG}), which would be loaded into it:"
+                " use a folder without it, and spec.continueFrom to start from an adapter"
+            )
         return folder.local
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -113,20 +131,40 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
     return target
 
 
-def _check_index(folder: Folder, names: Sequence[str]) -> None:
-    """Raise unless the shards that an index names are files of the folder: they are opened by those names."""
-    if _INDEX not in names or "model.safetensors" in names:  # the single file is loaded then
-        return
+def weight_files(folder: Folder) -> list[str]:
+    """Return the names of the files that a base model's weights are loaded from.
+
+    Raises:
+        BaseModelNotFoundError: there are none, or the index names others than safetensors files of the folder.
+    """
+    names = folder.names()
+    if _WEIGHTS in names:
+        return [_WEIGHTS]
+    if _INDEX not in names:
+        found = ", ".join(sorted(name for name in names if name.endswith(_SAFETENSORS))[:3])
+        raise BaseModelNotFoundError(
+            f"{folder.uri} has neither {_WEIGHTS} nor {_INDEX}, which names the files with weights, but {found}: rename"
+            " a single file, or copy the whole base model"
+        )
     try:
         shards = {str(shard) for shard in json.loads(folder.read(_INDEX))["weight_map"].values()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise BaseModelNotFoundError(f"{_INDEX} in {folder.uri} is damaged: copy the base model again") from None
+        shards = set()
+    if not shards:
+        raise BaseModelNotFoundError(f"{_INDEX} in {folder.uri} is damaged: copy the base model again")
     missing = sorted(shards.difference(names))
     if missing:
         raise BaseModelNotFoundError(
             f"{_INDEX} in {folder.uri} names {', '.join(missing[:3])}, which the folder does not contain: copy the"
             " whole base model"
         )
+    others = sorted(shard for shard in shards if not shard.endswith(_SAFETENSORS))
+    if others:
+        raise BaseModelNotFoundError(
+            f"{_INDEX} in {folder.uri} names {others[0]}, and only {_SAFETENSORS} files are loaded: copy the base model"
+            " again"
+        )
+    return sorted(shards)
 
 
 def tokenizer_files(base: Path) -> list[Path]:
@@ -146,14 +184,26 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
 
 def _checked_config(base: Path, uri: str) -> PretrainedConfig:
     path = base / "config.json"
-    conversion = code_conversion(path.read_text(encoding="utf-8", errors="replace"), uri)
+    document = path.read_text(encoding="utf-8", errors="replace")
+    conversion = code_conversion(document, uri)
     if conversion is not None:
         raise InvalidSpecError(conversion)
+    _check_numbers(json.loads(document), uri)
     config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InvalidSpecError(
             f"the base model {uri} is a {config.model_type}, which is not a causal language model that this release "
             "can train: use another base model"
+        )
+    if config.is_encoder_decoder:
+        raise InvalidSpecError(
+            f"the base model {uri} has an encoder besides its decoder (is_encoder_decoder in its config.json): use a"
+            " causal language model"
+        )
+    if getattr(config, "transformers_weights", None) is not None:
+        raise InvalidSpecError(
+            f"the config.json of the base model {uri} names its file with weights (transformers_weights), which engines"
+            f" do not read: rename that file to {_WEIGHTS}, and remove the key"
         )
     for owner in (config, config.get_text_config()):
         settings = getattr(owner, "quantization_config", None)
@@ -171,6 +221,24 @@ def _checked_config(base: Path, uri: str) -> PretrainedConfig:
                 " correct num_hidden_layers, or use another base model"
             )
     return config
+
+
+def _check_numbers(document: object, uri: str) -> None:
+    """Raise InvalidSpecError for a number in a `config.json` with which no model computes anything."""
+    waiting = [("", document)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(name, item) for item in value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            limits = [(low, high) for end, low, high in _RANGES if name.endswith(end)]
+            if math.isnan(value) or not all(low <= value <= high for low, high in limits):
+                raise InvalidSpecError(
+                    f"the config.json of the base model {uri} has {name} {value}, which no model can have: copy the"
+                    " base model again, or correct it"
+                )
 
 
 def _card(base: Path) -> str:
@@ -229,7 +297,7 @@ def end_tokens(base: Path, tokenizer: PreTrainedTokenizerFast, uri: str) -> list
         InvalidSpecError: there is no such token.
     """
     tokens = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    path = base / "generation_config.json"
+    path = base / GENERATION_CONFIG
     if path.is_file():
         with refused(f"the generation_config.json of the base model {uri} cannot be read"):
             configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")

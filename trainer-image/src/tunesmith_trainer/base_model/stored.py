@@ -6,6 +6,7 @@ or float32 when they are loaded. Other formats need libraries that the image doe
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    GenerationConfig,
+    Mxfp4Config,
+)
 from transformers.integrations.bitsandbytes import dequantize_and_replace
 
 from tunesmith.contracts.safetensors import read_tensors
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
+GENERATION_CONFIG = "generation_config.json"
 _DEQUANTIZED_BY = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 """Classes of transformers that dequantise weights when they are loaded, by `quant_method`."""
 _BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
@@ -37,6 +46,8 @@ _FP8_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """Ends of the names of scales, in place of the end `weight` of the name of their FP8 weights."""
 _NESTED_MAP, _NESTED_SCALES = ".nested_quant_map", ".nested_absmax"
 """Ends of the names of the parts of a scale that bitsandbytes has itself quantised."""
+_INTEGERS_OF = {"4 bits": {"U8"}, "int8": {"I8"}}
+"""Types of safetensors in which bitsandbytes stores weights, by quantisation."""
 _CONVERSION_FAILED = "automatic conversion of the weights"
 """Text of the error of transformers for quantised weights that it cannot read."""
 
@@ -123,7 +134,10 @@ def load_published(
     arguments |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     if stored is None:
         return _loaded(folder, dtype=dtype, **arguments)
-    _check_scales(folder)
+    check_scales(
+        {name: tensor.dtype for file in folder.glob("*.safetensors") for name, tensor in read_tensors(file).items()},
+        stored,
+    )
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not stored.kept:
         loader = _DEQUANTIZED_BY[stored.type](dequantize=True)
@@ -141,9 +155,24 @@ def load_published(
     return model
 
 
-def _check_scales(folder: Path) -> None:
-    """Raise InvalidSpecError if quantised weights lack their scales: transformers would read them as if scaled by 1."""
-    types = {name: tensor.dtype for file in folder.glob("*.safetensors") for name, tensor in read_tensors(file).items()}
+def check_scales(types: Mapping[str, str], stored: StoredQuantization | None) -> None:
+    """Check that quantised weights have their scales: transformers would read some without as if scaled by 1.
+
+    Args:
+        types: data types of the tensors in the files (safetensors' names), by the tensors' names.
+        stored: quantisation of the weights; None: they are not quantised.
+
+    Raises:
+        InvalidSpecError: scales are missing, or no weight is quantised.
+    """
+    if stored is None:
+        return
+    quantized = _INTEGERS_OF.get("4 bits" if stored.in_4_bits else stored.type)
+    if quantized is not None and not any(kind in quantized for kind in types.values()):
+        raise InvalidSpecError(
+            f"according to its config.json the base model is published in {stored.name}, but none of its weights is:"
+            " remove quantization_config from config.json, or copy the whole base model again"
+        )
     for name, dtype in sorted(types.items()):
         scales = []
         if dtype in _FP8_TYPES:
@@ -167,9 +196,79 @@ def _incomplete(missing: Sequence[str]) -> str:
     )
 
 
+def load_headers(
+    architecture: type[PreTrainedModel],
+    config: PretrainedConfig,
+    weights: Mapping[str, torch.Tensor],
+    stored: StoredQuantization | None,
+) -> tuple[PreTrainedModel, set[str], set[tuple[str, Sequence[int], Sequence[int]]]]:
+    """Load weights without values, as `load_published` loads those in files.
+
+    Args:
+        architecture: class of the model.
+        config: configuration, without `quantization_config`.
+        weights: tensors on the meta device, by their names in the files.
+        stored: quantisation of the weights; none that is kept.
+
+    Returns:
+        The model on the meta device, the names of tensors that it does not use, and the names of weights of another
+        shape with the shapes in the files and in the model.
+
+    Raises:
+        InvalidSpecError: weights are missing or cannot be converted.
+    """
+    arguments: dict[str, Any] = {}
+    if stored is not None:
+        arguments["quantization_config"] = _DEQUANTIZED_BY[stored.type](dequantize=True)
+        config = copy.deepcopy(config)
+        config.quantization_config = dict(stored.settings)
+    model, report = _with_report(
+        architecture,
+        None,
+        config=config,
+        state_dict=dict(weights),
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        **arguments,
+    )
+    return model, set(report["unexpected_keys"]), set(report["mismatched_keys"])
+
+
 def _loaded(folder: Path, **arguments: Any) -> PreTrainedModel:  # noqa: ANN401 - transformers' own
+    return _with_report(AutoModelForCausalLM, folder, generation_config=_special_tokens(folder), **arguments)[0]
+
+
+def _special_tokens(folder: Path) -> GenerationConfig:
+    """Return the special tokens of a model's generation_config.json, or of its config.json without one.
+
+    The file's other settings are for the engine: answers that are compared are decoded greedily.
+    """
+    path = folder / GENERATION_CONFIG
+    settings = json.loads((path if path.is_file() else folder / "config.json").read_text(encoding="utf-8"))
+    found = {name: settings.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**{name: token for name, token in found.items() if _are_tokens(token)})
+
+
+def _are_tokens(value: object) -> bool:
+    given = value if isinstance(value, list) else [value]
+    return bool(given) and all(type(token) is int and token >= 0 for token in given)
+
+
+def copy_generation_settings(base: Path, folder: Path) -> None:
+    """Give a saved model the generation_config.json of its base model, unchanged; none if that has none."""
+    (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+    if (base / GENERATION_CONFIG).is_file():
+        (folder / GENERATION_CONFIG).write_bytes((base / GENERATION_CONFIG).read_bytes())
+
+
+def _with_report(
+    loader: Any,  # noqa: ANN401 - a class of transformers
+    folder: Path | None,
+    **arguments: Any,  # noqa: ANN401 - transformers' own
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
             folder, output_loading_info=True, **arguments
         )
     except (SafetensorError, KeyError, ValueError) as error:
@@ -187,7 +286,7 @@ def _loaded(folder: Path, **arguments: Any) -> PreTrainedModel:  # noqa: ANN401 
     missing = sorted(report["missing_keys"])
     if missing:
         raise InvalidSpecError(_incomplete(missing))
-    return model
+    return model, report
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api.dataset import LossOn
 from tunesmith.api.finetunejob_status import ContinuedFrom, ServableStatus
 from tunesmith.api.placement import DataParallelism
-from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint, tensors_of
 from tunesmith_trainer import data
 from tunesmith_trainer.base_model import model
+from tunesmith_trainer.base_model.headers import check_headers
 from tunesmith_trainer.base_model.layers import can_share_prefixes
 from tunesmith_trainer.base_model.stored import stored_quantization
 from tunesmith_trainer.data.forms import FORMS
@@ -36,7 +37,7 @@ from tunesmith_trainer.process.activity import limited
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import Preflight, Resolved
     from tunesmith.contracts.artifact import Ancestor
     from tunesmith.contracts.fingerprint import ModelFolder
+    from tunesmith.contracts.safetensors import Tensor
     from tunesmith.storage.folder import Folder
     from tunesmith_trainer.data.loading import Rows
     from tunesmith_trainer.evaluation.folders import SuppliedTasks
@@ -134,9 +136,11 @@ def prepare(
     before = job.status.resolved
     folders.check_permission(spec.evaluation, task_code)
     remote = model.open_base(spec.base_model, stores)
-    base = _read_base(spec, model.fetch_base(remote, work / "base", weights=weights))
+    local = model.fetch_base(remote, work / "base", weights=weights)
+    files = LocalModelFolder(local) if weights else remote
+    base = _read_base(spec, local, _headers(spec, files, model.weight_files(remote)))
     planned = _planned(spec, base)
-    fingerprint = _fingerprint(spec, LocalModelFolder(base.folder) if weights else remote)
+    fingerprint = _fingerprint(spec, files)
     if start is not None:
         check_base(start, fingerprint, spec.base_model.uri)
         check_probes(start, base.vocabulary)
@@ -221,13 +225,22 @@ class _Base:
         return getattr(self.config, "max_position_embeddings", None)
 
 
-def _read_base(spec: FineTuneJobSpec, folder: Path) -> _Base:
+def _headers(spec: FineTuneJobSpec, folder: ModelFolder, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors of the files that the base's weights are loaded from."""
+    try:
+        return {name: tensor for file in names for name, tensor in tensors_of(folder, file).items()}
+    except ValueError as error:
+        raise BaseModelNotFoundError(f"{spec.base_model.uri}: {error}") from None
+
+
+def _read_base(spec: FineTuneJobSpec, folder: Path, headers: Mapping[str, Tensor]) -> _Base:
     uri = spec.base_model.uri
-    config = model.load_config(folder, uri)
+    config, stored = model.load_config(folder, uri), stored_quantization(folder)
     tokenizer = model.load_tokenizer(folder, uri)
     model_of = f"the model that config.json of the base model {uri} describes"
     with limited(f"building {model_of}", _PLANNING_SECONDS), refused(f"{model_of} cannot be built"):
-        modules = modules_of(config, stored_quantization(folder))
+        check_headers(config, headers, stored)
+        modules = modules_of(config, stored)
     return _Base(folder, config, tokenizer, model.end_tokens(folder, tokenizer, uri), modules)
 
 
