@@ -17,6 +17,7 @@ from tests.trainer.architectures import FAMILIES, make
 from tests.trainer.methods_rig import PROMPTS, distance
 from tests.trainer.tiny_model import make as make_llama
 from tunesmith_trainer.base_model.convertible import quantized_conversion
+from tunesmith_trainer.base_model.eight_bits import exact_products
 from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.base_model.stored import load_published, of_settings
 from tunesmith_trainer.errors import InvalidSpecError
@@ -97,13 +98,7 @@ def test_a_base_in_fp4_without_double_quantisation_keeps_it(bench: Workbench, ba
     assert ran.result.resolved.quantization == "fp4"
 
 
-_WITHOUT_AVX_512 = pytest.mark.skipif(
-    "AVX512" not in torch.backends.cpu.get_cpu_capability(),
-    reason="on CPUs with AVX2 only, the check of the saved adapter refuses the run: its logits in float16 differ",
-)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", pytest.param("float16", marks=_WITHOUT_AVX_512)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_lora_on_a_base_in_8_bits_trains_over_them(
     bench: Workbench, bases: Callable[[str], Path], precision: str
 ) -> None:
@@ -115,6 +110,14 @@ def test_lora_on_a_base_in_8_bits_trains_over_them(
     assert ran.result.evaluation is not None
     assert (ran.result.evaluation.loss_reduction_percent or 0) > 0
     assert reloaded(bench, base) > 0.01
+
+
+@pytest.mark.parametrize("products", [torch.float16, torch.bfloat16], ids=str)
+def test_products_of_8_bits_are_exact_in_mixed_precision(products: torch.dtype) -> None:
+    values, weights = (torch.randint(100, 128, (rows, 64), dtype=torch.int8) for rows in (3, 5))
+    with torch.autocast("cpu", products):
+        found = exact_products(values, weights)
+    assert torch.equal(found, values.int() @ weights.int().T)
 
 
 @pytest.mark.parametrize("method", [{"ia3": {}}, {"promptTuning": {}}, {"prefixTuning": {}}, {"pTuning": {}}], ids=str)

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.integrations.bitsandbytes import dequantize_and_replace
 
 from tunesmith.contracts.safetensors import read_tensors
+from tunesmith_trainer.base_model import eight_bits  # noqa: F401 - it replaces an operator
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.libraries import line_of
 
