@@ -47,8 +47,8 @@ _FP8_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """Ends of the names of scales, in place of the end `weight` of the name of their FP8 weights."""
 _NESTED_MAP, _NESTED_SCALES = ".nested_quant_map", ".nested_absmax"
 """Ends of the names of the parts of a scale that bitsandbytes has itself quantised."""
-_INTEGERS_OF = {"4 bits": {"U8"}, "int8": {"I8"}}
-"""Types of safetensors in which bitsandbytes stores weights, by quantisation."""
+_SCALES_IN_4_BITS, _SCALES = ".absmax", ".SCB"
+"""Ends of the names of bitsandbytes' scales, in 4 and in 8 bits."""
 _CONVERSION_FAILED = "automatic conversion of the weights"
 """Text of the error of transformers for quantised weights that it cannot read."""
 
@@ -168,8 +168,7 @@ def check_scales(types: Mapping[str, str], stored: StoredQuantization | None) ->
     """
     if stored is None:
         return
-    quantized = _INTEGERS_OF.get("4 bits" if stored.in_4_bits else stored.type)
-    if quantized is not None and not any(kind in quantized for kind in types.values()):
+    if stored.kept and not any(name.endswith(_SCALES_IN_4_BITS if stored.in_4_bits else _SCALES) for name in types):
         raise InvalidSpecError(
             f"according to its config.json the base model is published in {stored.name}, but none of its weights is:"
             " remove quantization_config from config.json, or copy the whole base model again"

@@ -138,7 +138,9 @@ def prepare(
     remote = model.open_base(spec.base_model, stores)
     local = model.fetch_base(remote, work / "base", weights=weights)
     files = LocalModelFolder(local) if weights else remote
-    base = _read_base(spec, local, _headers(spec, files, model.weight_files(remote)))
+    # With decisions of the CPU stage, the weights are those that it has checked: the fingerprint must not differ.
+    headers = _headers(spec, files, model.weight_files(remote)) if before is None else None
+    base = _read_base(spec, local, headers)
     planned = _planned(spec, base)
     fingerprint = _fingerprint(spec, files)
     if start is not None:
@@ -233,13 +235,14 @@ def _headers(spec: FineTuneJobSpec, folder: ModelFolder, names: Sequence[str]) -
         raise BaseModelNotFoundError(f"{spec.base_model.uri}: {error}") from None
 
 
-def _read_base(spec: FineTuneJobSpec, folder: Path, headers: Mapping[str, Tensor]) -> _Base:
+def _read_base(spec: FineTuneJobSpec, folder: Path, headers: Mapping[str, Tensor] | None) -> _Base:
     uri = spec.base_model.uri
     config, stored = model.load_config(folder, uri), stored_quantization(folder)
     tokenizer = model.load_tokenizer(folder, uri)
     model_of = f"the model that config.json of the base model {uri} describes"
     with limited(f"building {model_of}", _PLANNING_SECONDS), refused(f"{model_of} cannot be built"):
-        check_headers(config, headers, stored)
+        if headers is not None:
+            check_headers(config, headers, stored)
         modules = modules_of(config, stored)
     return _Base(folder, config, tokenizer, model.end_tokens(folder, tokenizer, uri), modules)
 
