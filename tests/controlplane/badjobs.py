@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from tests.trainer.sparse_weights import enlarge
 from tunesmith.api.conditions import FailureReason
 
 if TYPE_CHECKING:
@@ -116,6 +117,10 @@ def rewrite(name: str, **changes: Any) -> Callable[[Path], None]:
         (folder / name).write_text(json.dumps(kept))
 
     return change
+
+
+def large(folder: Path) -> None:
+    enlarge(folder, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, head_dim=128)
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -341,7 +346,7 @@ BAD_JOBS: dict[str, BadJob] = {
         "it fits with method.qlora instead of lora (about",
         {"resources": {"gpus": 1}},
         FailureReason.WILL_NOT_FIT,
-        breaks=rewrite("config.json", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, head_dim=128),
+        breaks=large,
         gpu_memory=5 * 2**30,
     ),
     # the credentials

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from tests.trainer.sparse_weights import enlarge
 from tests.trainer.trainer_rig import chat_row, chat_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import Preflight, Verdict
@@ -95,10 +96,8 @@ def test_in_a_cluster_the_refusal_suggests_larger_gpus() -> None:
 def wide(bench: Workbench, tmp_path: Path) -> Workbench:
     """Return a workbench with a base whose configuration declares seven billion parameters, never loaded on the CPU."""
     folder = shutil.copytree(bench.base, tmp_path / "wide")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "head_dim": 128}
-    config |= {"num_attention_heads": 32, "num_key_value_heads": 32}
-    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "head_dim": 128}
+    enlarge(folder, **sizes, num_attention_heads=32, num_key_value_heads=32)
     bench.base = folder
     return bench
 
@@ -180,9 +179,7 @@ def test_sharding_is_proposed_if_it_is_possible(
 
 
 def test_sharding_is_not_proposed_for_a_base_that_cannot_be_sharded(wide: Workbench) -> None:
-    config = json.loads((wide.base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (wide.base / "config.json").write_text(json.dumps(config))
+    enlarge(wide.base, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     ran = wide.run("validate", wide.job(**GPU, method={"lora": {}}), "--gpu-memory-bytes", str(4 * 2**30))
     assert ran.result.preflight is not None
     assert str(ran.result.preflight.suggestion).startswith("no change of this job makes it fit")
