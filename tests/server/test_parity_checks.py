@@ -183,6 +183,7 @@ async def test_a_sound_adapter_passes(checks: Checks) -> None:
     assert (found.gap, found.tolerance) == (pytest.approx(4.9), 0.01)
     assert checks.models() == [BASE, A.engine_name, BASE]
     assert {body["priority"] for body in checks.engine.sent} == {parity.IN_BACKGROUND}
+    assert {body["repetition_penalty"] for body in checks.engine.sent} == {1}
     assert sum(body["max_tokens"] for body in checks.engine.sent) == 1 + 3 + 2
 
 

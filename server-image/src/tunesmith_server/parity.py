@@ -117,7 +117,8 @@ class _Engine:
     body: dict[str, object] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.body = {"temperature": 0, "ignore_eos": True, "priority": self.priority}
+        # Without a penalty of its own, a request gets that of the base model's generation_config.json.
+        self.body = {"temperature": 0, "repetition_penalty": 1, "ignore_eos": True, "priority": self.priority}
 
     async def generate(self, model: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[ServedPosition]]:
         """Return the greedy answers to prompts, in their order."""
