@@ -195,7 +195,7 @@ def _checked_config(base: Path, uri: str) -> PretrainedConfig:
             f"the base model {uri} is a {config.model_type}, which is not a causal language model that this release "
             "can train: use another base model"
         )
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         raise InvalidSpecError(
             f"the base model {uri} has an encoder besides its decoder (is_encoder_decoder in its config.json): use a"
             " causal language model"
