@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-autoscaling benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-publishing benchmark-registration benchmark-routing benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-autoscaling benchmark-base-model benchmark-density benchmark-encoding benchmark-flood benchmark-gateway benchmark-operator benchmark-publishing benchmark-registration benchmark-routing benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-architectures verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -92,6 +92,11 @@ benchmark-publishing: environment environment-trainer environment-server ## Time
 benchmark-registration: environment environment-trainer environment-server ## Processor time of each process for registering an adapter on a pod (ADAPTERS=60)
 	@$(STEP) --live "registration" $(UV) run --frozen --no-sync --project server-image python -m benchmarks.density.registration \
 	  --adapters $(or $(ADAPTERS),60)
+
+benchmark-base-model: environment environment-server model ## Time until a base model has arrived on a pod, from a store and from a cache, and until its engine serves (MEGABYTES=512 REPEATS=3)
+	@$(STEP) "programs of the cluster" $(CLUSTER) build
+	@$(STEP) --live "base model" $(UV) run --frozen --no-sync --project server-image python -m benchmarks.base_model.benchmark \
+	  --megabytes $(or $(MEGABYTES),512) --repeats $(or $(REPEATS),3) --engine
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other libraries (ROWS=64 REPEATS=3)
 	@mkdir -p out

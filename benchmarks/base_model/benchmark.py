@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -36,33 +37,50 @@ _ONE_CONNECTION = "1"
 
 @dataclass(frozen=True)
 class Arrival:
-    """Measured run of fetch-base: duration in seconds of the process, its peak memory in MiB, and its report."""
+    """Measured run of fetch-base: seconds and processor seconds of the process, peak memory in MiB, and its report."""
 
     seconds: float
+    processor: float
     memory: float
     report: dict[str, object]
 
 
-def fetch(folder: Path, uri: str, secret: dict[str, str], *, reads: str | None = None) -> Arrival:
-    """Run fetch-base in a process of its own, with a cache in the folder."""
+def _command(folder: Path, uri: str, secret: dict[str, str], reads: str | None = None) -> list[str]:
+    """Return the command of fetch-base with a cache in the folder."""
     (folder / "cache").mkdir(parents=True, exist_ok=True)
     given = write_secret(folder / "secrets/tunesmith-store", secret)
     command = [sys.executable, "-m", "benchmarks.base_model.fetch", *([] if reads is None else ["--reads", reads])]
     command += ["--", "--uri", uri, "--target", str(folder / "base"), "--cache", str(folder / "cache")]
-    begin = time.monotonic()
-    done = subprocess.run(
-        [*command, "--secret", str(given)],
-        env={**os.environ, ALLOWED_ADDRESSES: "127.0.0.0/8"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    seconds = time.monotonic() - begin
+    return [*command, "--secret", str(given)]
+
+
+def fetch(folder: Path, uri: str, secret: dict[str, str], *, reads: str | None = None) -> Arrival:
+    """Run fetch-base in a process of its own."""
+    command = _command(folder, uri, secret, reads)
+    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+    seconds, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     line = next(line for line in done.stdout.splitlines() if '"origin"' in line)
     memory = float(next(line for line in done.stdout.splitlines() if line.startswith("memory ")).split()[1])
-    return Arrival(seconds, memory, json.loads(line[line.index("{") :]))
+    return Arrival(seconds, processor, memory, json.loads(line[line.index("{") :]))
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, ALLOWED_ADDRESSES: "127.0.0.0/8"}
+
+
+def fetch_after_kill(folder: Path, uri: str, secret: dict[str, str], network: SlowNetwork, size: int) -> Arrival:
+    """Kill fetch-base when half of the bytes have arrived, and measure the run that continues."""
+    with subprocess.Popen(
+        _command(folder, uri, secret), env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        wait_until(lambda: network.received > size / 2 or first.poll() is not None, "half of the bytes have arrived")
+        first.kill()
+    network.received = 0
+    return fetch(folder, uri, secret)
 
 
 def download(megabytes: int, rate: float, repeats: int) -> None:
@@ -78,25 +96,34 @@ def download(megabytes: int, rate: float, repeats: int) -> None:
             store.files.pipe_file(f"{uri}/config.json", b'{"model_type": "llama"}')
             store.files.pipe_file(f"{uri}/tokenizer.json", b"{}")
             print(f"one file of {megabytes} MiB, {rate:g} MiB/s per connection, medians of {repeats}:\n")
-            print("| | download and checks | MiB/s | peak memory of the process |\n|---|---|---|---|")
+            print("| | download and checks | received | processor time | peak memory |\n|---|---|---|---|---|")
             for name, reads in (("one connection", _ONE_CONNECTION), ("parallel ranges", None)):
-                found = []
+                found, received = [], 0
                 for number in range(repeats):
                     with SlowNetwork(store.port, rate * MIB) as network:
                         secret = {**store.secret, "AWS_ENDPOINT_URL": network.url}
                         found.append(fetch(folder / f"{name}-{number}", uri, secret, reads=reads))
-                _print(name, megabytes, found)
+                        received = network.received
+                _print(name, received, found)
+            with SlowNetwork(store.port, rate * MIB) as network:
+                secret = {**store.secret, "AWS_ENDPOINT_URL": network.url}
+                resumed = fetch_after_kill(folder / "cut", uri, secret, network, megabytes * MIB)
+                _print("continued after a kill", network.received, [resumed])
             # The cache of the last run; the source is asked for the versions only.
             last = folder / f"parallel ranges-{repeats - 1}"
-            _print("from the cache", megabytes, [fetch(last, uri, store.secret) for _ in range(repeats)])
+            with SlowNetwork(store.port, rate * MIB) as network:
+                secret = {**store.secret, "AWS_ENDPOINT_URL": network.url}
+                found = [fetch(last, uri, secret) for _ in range(repeats)]
+                _print("from the cache", network.received // repeats, found)
         finally:
             store.stop()
 
 
-def _print(name: str, megabytes: int, found: list[Arrival]) -> None:
+def _print(name: str, received: int, found: list[Arrival]) -> None:
     seconds = statistics.median(float(str(run.report["seconds"])) for run in found)
+    processor = statistics.median(run.processor for run in found)
     memory = statistics.median(run.memory for run in found)
-    print(f"| {name} | {seconds:.1f} s | {megabytes / seconds:.0f} | {memory:.0f} MiB |", flush=True)
+    print(f"| {name} | {seconds:.1f} s | {received / MIB:.0f} MiB | {processor:.1f} s | {memory:.0f} MiB |", flush=True)
 
 
 def start(rate: float) -> None:

@@ -219,6 +219,38 @@ def test_norms_of_large_and_of_quantised_tensors(tmp_path: Path) -> None:
     assert base.norm("fp8.weight") == pytest.approx(0.02 * 64)
 
 
+@pytest.mark.parametrize(
+    ("part", "shape", "settings"),
+    [
+        ("qweight", (WIDTH // 8, HEIGHT), {"quant_method": "gptq", "bits": 4}),
+        ("qweight", (WIDTH * 3 // 32, HEIGHT), {"quant_method": "gptq", "bits": 3}),
+        ("qweight", (WIDTH, HEIGHT // 8), {"quant_method": "awq", "w_bit": 4}),
+        (
+            "weight_packed",
+            (HEIGHT, WIDTH // 8),
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
+        ),
+    ],
+)
+def test_adapters_fit_a_base_with_packed_weights(
+    tmp_path: Path, part: str, shape: tuple[int, int], settings: Any
+) -> None:
+    tensors = {f"{module}.{part}": np.zeros(shape, np.int32) for module in MODULES}
+    base = tmp_path / "base"
+    base.mkdir()
+    write_safetensors(base / "model.safetensors", tensors, "I32")
+    (base / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    assert check(LocalArtifact.make(tmp_path / "made"), limits_of(base), tmp_path).is_dir()
+    assert read_base_weights(base).norm(f"{MODULES[0]}.weight") == pytest.approx(0.02 * (WIDTH * HEIGHT) ** 0.5)
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "other"}, {"quant_method": "gptq"}, [], {"quant_method": []}])
+def test_unknown_packing_is_no_matrix(tmp_path: Path, settings: object) -> None:
+    write_safetensors(tmp_path / "model.safetensors", {"a.qweight": np.zeros((4, 4), np.int32)}, "I32")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    assert read_base_weights(tmp_path).matrix_of("a") is None
+
+
 def _entry(shape: list[int], place: int, size: int) -> dict[str, Any]:
     return {"dtype": "F32", "shape": shape, "data_offsets": [place, place + size]}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from tunesmith.contracts.safetensors import Tensor, read_tensors
 from tunesmith_server.tensor_values import FLOATS, blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 MEASURED_WHOLE = 1 << 20
@@ -22,6 +23,8 @@ _FORMER_NAMES = {"model.language_model.": "language_model.model.", "model.": "ba
 """Beginnings of the names of modules in transformers, with those of published weights (Gemma 3, Nemotron-H)."""
 _NOMINAL_DEVIATION = 0.02
 """Usual standard deviation of a linear layer's weights."""
+_PACKED_PART = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
+_PACKED_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class BaseWeights:
     Attributes:
         folder: folder of the model.
         files: name of the file that holds each tensor.
-        tensors: position and shape of each tensor.
+        tensors: position and shape of each tensor, and of each matrix whose values are packed.
         architecture: name of the model's class, which vLLM looks for; "" if its configuration names none.
         norms: Frobenius norms measured so far, by tensor.
     """
@@ -61,9 +64,9 @@ class BaseWeights:
     def norm(self, name: str) -> float:
         """Return the Frobenius norm of a tensor.
 
-        Large tensors are sampled in evenly spaced blocks, always the same ones. The norm of a quantised tensor (FP8,
-        INT8) cannot be computed without its scales; for it, and for a tensor that is zero or not finite, the norm of a
-        tensor of its shape with values of the usual size is returned.
+        Large tensors are sampled in evenly spaced blocks, always the same ones. The norm of a quantised tensor cannot
+        be computed without its scales; for it, and for a tensor that is zero or not finite, the norm of a tensor of its
+        shape with values of the usual size is returned.
         """
         known = self.norms.get(name)
         if known is None:
@@ -99,12 +102,62 @@ def read_base_weights(folder: Path) -> BaseWeights:
         found = read_tensors(path)
         tensors |= found
         files |= dict.fromkeys(found, path.name)
-    return BaseWeights(folder, files, tensors, _architecture(folder / "config.json"))
+    config = _config(folder / "config.json")
+    for packed, name, tensor in _unpacked(tensors, config.get("quantization_config")):
+        tensors[name], files[name] = tensor, files[packed]
+    return BaseWeights(folder, files, tensors, _architecture(config))
 
 
-def _architecture(config: Path) -> str:
+def _unpacked(tensors: Mapping[str, Tensor], quantization: object) -> list[tuple[str, str, Tensor]]:
+    """Return the weight matrices that are stored with several values in each 32-bit integer.
+
+    GPTQ and AWQ store a layer's transposed matrix as `qweight`, packed along its inputs or its outputs;
+    compressed-tensors stores `weight_packed`, packed along its inputs.
+
+    Returns:
+        Name of the packed tensor, name of the matrix as other models have it, and a tensor with the matrix's shape,
+        whose type is not among `FLOATS`.
+    """
+    method, bits = _packing(quantization)
+    found = []
+    for stored, tensor in tensors.items():
+        module, _, part = stored.rpartition(".")
+        if not bits or part != _PACKED_PART[method] or len(tensor.shape) != 2:  # noqa: PLR2004 - a matrix
+            continue
+        first, second = tensor.shape
+        shape = {
+            "gptq": (second, first * 32 // bits),
+            "awq": (second * 32 // bits, first),
+            "compressed-tensors": (first, second * 32 // bits),
+        }[method]
+        found.append((stored, f"{module}.weight", replace(tensor, dtype=f"{method} {bits} bits", shape=shape)))
+    return found
+
+
+def _packing(quantization: object) -> tuple[str, int]:
+    """Return the method of packed weights and the bits of a value; 0 bits: weights are not packed, or unknown."""
+    if not isinstance(quantization, dict):
+        return "", 0
+    method = quantization.get("quant_method")
+    groups = quantization.get("config_groups")
+    widths: list[object] = []
+    if method in ("gptq", "awq"):  # a tuple: the value may be a list
+        widths = [quantization.get("bits", quantization.get("w_bit"))]
+    elif method == "compressed-tensors" and isinstance(groups, dict):
+        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        widths = [part.get("num_bits") for part in weights if isinstance(part, dict)]
+    known = [width for width in widths if isinstance(width, int) and width in _PACKED_BITS]
+    return str(method), known[0] if known and all(width == known[0] for width in widths) else 0
+
+
+def _config(path: Path) -> dict[str, Any]:
     try:
-        named = json.loads(config.read_bytes()).get("architectures")
-    except (FileNotFoundError, ValueError, RecursionError, AttributeError):
-        return ""  # vLLM reports a missing or damaged configuration
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}  # vLLM reports a missing or damaged configuration
+    return found if isinstance(found, dict) else {}
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
     return str(named[0]) if isinstance(named, list) and named else ""
