@@ -149,3 +149,19 @@ async def test_large_annotations_are_not_cached() -> None:
         item = world.store.find("AdapterDeployment", "team", f"adapter-{number}")
         world.observe(world.store.put({**item, "metadata": {**item["metadata"], "annotations": {"note": note}}}))
     assert note not in str(world.context.caches["AdapterDeployment"].list())
+
+
+async def test_a_settled_adapter_is_planned_again_only_when_something_that_it_depends_on_changes() -> None:
+    world, key = await settled(SMALL), Key("AdapterDeployment", "team", "adapter-7")
+    await world.reconcile(key)
+    unchanged = await calls(world.reconcile(key))
+    pool = world.state.pools.list()[0].metadata.uid
+    for link in world.state.agents.of(pool).values():
+        assert link.state is not None
+        kept = [entry for entry in link.state.adapters if not entry.engine_name.startswith("team/adapter-7@")]
+        link.record_state(link.state.model_copy(update={"adapters": kept}), float("inf"))
+    assert await calls(world.reconcile(key)) > 2 * unchanged
+    status = world.store.find("AdapterDeployment", "team", "adapter-7")["status"]
+    assert (status["phase"], status["readyReplicas"]) != ("Ready", 1)
+    await world.converge()
+    assert world.store.find("AdapterDeployment", "team", "adapter-7")["status"]["phase"] == "Ready"

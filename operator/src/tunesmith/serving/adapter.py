@@ -98,7 +98,7 @@ def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datet
         conditions[AdapterDeploymentCondition.SCALING_ACTIVE] = builder.scaling(adapter.spec.autoscaling)
     holders = [
         pod
-        for pod in observation.pods
+        for pod in pods_about(observation.pods, builder.revisions)
         if not pod.stopping and any(revision.engine_name in pod.resident for revision in builder.revisions)
     ]
     old = adapter.status
@@ -238,7 +238,15 @@ def _observed_revisions(
         elif previous is not None and previous.state in _WAS_RESIDENT:
             source = source.model_copy(update={"state": previous.state})
     ordered = in_order(adapter, source, known)
-    return [_observed(revision, observation) for revision in ordered], source.digest if source is not None else None
+    pods = pods_about(observation.pods, ordered)
+    observed = [_observed(revision, observation, pods) for revision in ordered]
+    return observed, source.digest if source is not None else None
+
+
+def pods_about(pods: Sequence[PoolPod], revisions: Iterable[Revision]) -> list[PoolPod]:
+    """Return the pods whose agents report one of the revisions; the other pods of a large pool say nothing of them."""
+    names = frozenset(revision.engine_name for revision in revisions)
+    return [pod for pod in pods if not names.isdisjoint(pod.reported)]
 
 
 def _evidence(adapter: AdapterDeployment, revision: Revision, observation: AdapterObservation) -> Evidence:
@@ -248,7 +256,7 @@ def _evidence(adapter: AdapterDeployment, revision: Revision, observation: Adapt
     counted = {pod.uid for pod in rollout.pods} if rollout is not None and rollout.digest == revision.digest else set()
     pods = []
     for pod in observation.pods:
-        if pod.stopping:
+        if pod.stopping or (revision.engine_name not in pod.reported and pod.uid not in counted):
             continue
         traffic = pod.traffic(revision.engine_name)
         is_counting = traffic is not None and bool(traffic.start)
@@ -265,11 +273,9 @@ def _is_unchanged(adapter: AdapterDeployment, pool: ServingPool) -> bool:
     return status.observed_generation == adapter.metadata.generation and status.pool == reference(pool)
 
 
-def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
+def _observed(revision: Revision, observation: AdapterObservation, pods: Sequence[PoolPod]) -> Revision:
     found = [
-        (pod, entry)
-        for pod in observation.pods
-        if not pod.stopping and (entry := pod.residency(revision.engine_name)) is not None
+        (pod, entry) for pod in pods if not pod.stopping and (entry := pod.residency(revision.engine_name)) is not None
     ]
     resident = [pod for pod, entry in found if entry.state is ResidencyState.RESIDENT]
     loaded = [
@@ -396,7 +402,7 @@ class _ConditionBuilder:
             )
         silent = [
             pod.name
-            for pod in self.observation.pods
+            for pod in pods_about(self.observation.pods, self.revisions)
             if pod.ready
             and not pod.is_reporting
             and any(revision.engine_name in pod.resident for revision in self.revisions)

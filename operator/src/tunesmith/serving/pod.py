@@ -104,7 +104,7 @@ class PoolPod:
     base_model: BaseModelArrival | None = None
     unmounted_since: datetime | None = None
 
-    @property
+    @cached_property
     def engine_up(self) -> bool:
         """True if its engine holds its adapters and accepts requests, as far as is currently known."""
         return (
@@ -116,7 +116,7 @@ class PoolPod:
             and not self.state.problem
         )
 
-    @property
+    @cached_property
     def answering(self) -> bool:
         """True if its engine is up and not stalled."""
         return self.engine_up and self.state is not None and not self.state.stalled
@@ -134,6 +134,11 @@ class PoolPod:
     def adapters(self) -> Mapping[str, Residency]:
         """The agent's latest reports, by engine name."""
         return {entry.engine_name: entry for entry in self.state.adapters} if self.state is not None else {}
+
+    @cached_property
+    def reported(self) -> frozenset[str]:
+        """Names of the revisions of which its agent reports a residency or traffic."""
+        return frozenset(self.adapters) if self.state is None else frozenset((*self.adapters, *self.state.traffic))
 
     def traffic(self, engine_name: str) -> Traffic | None:
         """Return the counters of a revision; None if the pod does not report now.

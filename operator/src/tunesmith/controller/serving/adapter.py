@@ -25,7 +25,7 @@ from tunesmith.controller.serving.decision_log import log_size
 from tunesmith.controller.serving.queries import PrometheusQueries
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.jobs.observe import view
-from tunesmith.serving.adapter import NO_PROMETHEUS, AdapterObservation, is_base, plan, was_never_loaded
+from tunesmith.serving.adapter import NO_PROMETHEUS, AdapterObservation, is_base, plan, pods_about, was_never_loaded
 from tunesmith.serving.imports import ADAPTER_LABEL, import_job, is_import_of, plan_import
 from tunesmith.serving.resolve import Artifact, choose, resolve_artifact
 from tunesmith.serving.rollout_status import expressions, rollout_events, without_measures
@@ -65,6 +65,8 @@ class AdapterDeploymentReconciler:
         self._claims: dict[str, tuple[str, bool]] = {}
         self._queries = PrometheusQueries(self._context.settings.prometheus_url, self._context.now)
         self._written: dict[str, float] = {}
+        self._settled: dict[str, tuple[object, ...]] = {}
+        """Inputs of the plans whose status is written already: equal inputs need no other plan."""
 
     @property
     def watches(self) -> Sequence[Watch]:
@@ -82,12 +84,7 @@ class AdapterDeploymentReconciler:
         """Reconcile one AdapterDeployment."""
         manifest = self._context.caches[KIND].get(key.namespace, key.name)
         if manifest is None or manifest["metadata"].get("deletionTimestamp"):
-            uid = self._uids.pop(key, None)
-            if uid is not None:
-                self._executor.forget(uid)
-                self._state.forget_adapter(uid)
-                self._queries.want(uid, {})
-                self._written.pop(uid, None)
+            self._forget(key)
             return Result()
         adapter = self._state.adapters.get(key.namespace, key.name)
         if adapter is None:
@@ -124,12 +121,23 @@ class AdapterDeploymentReconciler:
                 if revision.shadow_percent
             },
         )
+        later = imported.requeue_after.total_seconds() if imported is not None and imported.requeue_after else None
+        # The first request to a model makes the key due immediately.
+        result = Result(later if adapter.spec.autoscaling is None else decide_later)
+        inputs = self._inputs(manifest, adapter, observation)
+        if inputs is not None and self._settled.get(adapter.metadata.uid) == inputs:
+            return result
         status = plan(adapter, observation, self._context.now())
         self._queries.want(adapter.metadata.uid, expressions(adapter, status))
         old = adapter.status.pool
-        written = not self._differs_in_measures_only(adapter, status) and await self._state.statuses.write(
+        is_deferred = self._differs_in_measures_only(adapter, status)
+        written = not is_deferred and await self._state.statuses.write(
             manifest, status, events=partial(_events, adapter.status)
         )
+        if inputs is None or written or is_deferred:
+            self._settled.pop(adapter.metadata.uid, None)
+        else:
+            self._settled[adapter.metadata.uid] = inputs
         if written:
             self._written[adapter.metadata.uid] = time.monotonic()
             log_size(f"{KIND} {key.namespace}/{key.name}", adapter.status.desired_replicas, decision)
@@ -139,11 +147,55 @@ class AdapterDeploymentReconciler:
         if observation.lost_to is not None:
             # A change of the owner's claim makes the key due; this covers missed changes.
             return Result(_NAME_TAKEN_SECONDS)
-        later = imported.requeue_after.total_seconds() if imported is not None and imported.requeue_after else None
         if status.rollout is not None and status.rollout.is_running:
             return Result(_TICK_SECONDS)
-        # The first request to a model makes the key due immediately.
-        return Result(later if adapter.spec.autoscaling is None else decide_later)
+        return result
+
+    def _forget(self, key: Key) -> None:
+        """Discard the state of a deleted AdapterDeployment."""
+        uid = self._uids.pop(key, None)
+        if uid is not None:
+            self._executor.forget(uid)
+            self._state.forget_adapter(uid)
+            self._queries.want(uid, {})
+            self._written.pop(uid, None)
+            self._settled.pop(uid, None)
+
+    def _inputs(
+        self, manifest: Object, adapter: AdapterDeployment, observation: AdapterObservation
+    ) -> tuple[object, ...] | None:
+        """Return what the status depends on besides the time; None if the time or measurements count too."""
+        rollout, pool = adapter.status.rollout, observation.pool
+        if (rollout is not None and rollout.is_running) or observation.lost_to is not None or observation.comparisons:
+            return None
+        chosen: object = pool
+        if isinstance(pool, ServingPool):
+            current = self._context.caches["ServingPool"].get(pool.metadata.namespace, pool.metadata.name)
+            chosen = None if current is None else _pool_facts(current)
+        names = [revision.engine_name for revision in adapter.status.revisions]
+        pods = tuple(
+            (
+                pod.uid,
+                pod.name,
+                pod.ready,
+                pod.stopping,
+                pod.answering,
+                pod.is_reporting,
+                *map(pod.residency, names),
+            )
+            for pod in pods_about(observation.pods, adapter.status.revisions)
+        )
+        return (
+            manifest["metadata"]["resourceVersion"],
+            observation.artifact,
+            chosen,
+            pods,
+            sum(1 for pod in observation.pods if pod.answering),
+            [observation.unplaced.get(name) for name in names],
+            observation.decision.replicas,
+            observation.unknown_demand,
+            observation.imported,
+        )
 
     def _trained(self, adapter: AdapterDeployment) -> Artifact | Unresolved:
         source = adapter.spec.adapter_from.fine_tune_job

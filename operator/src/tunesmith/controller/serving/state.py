@@ -79,6 +79,42 @@ class _ObservedPod:
         return self.pod.is_reporting and link.is_reporting(now) and link.state is self.state
 
 
+class _ObservedPods:
+    """The pods of a pool, and what they were observed from.
+
+    Args:
+        manifests: of its pods, as the cache returned them.
+        by_uid: its pods.
+        links: their agents; None for a pod that is not followed.
+    """
+
+    def __init__(
+        self, manifests: Objects, by_uid: Mapping[str, _ObservedPod], links: Mapping[str, AgentLink | None]
+    ) -> None:
+        self.by_uid = by_uid
+        self.pods = [observed.pod for observed in by_uid.values()]
+        self.unreported = [pod for pod in self.pods if pod.ready and not pod.stopping and pod.state is None]
+        """Ready pods whose agents have not reported."""
+        self._manifests = manifests
+        self._observed = [(observed, uid, links[uid]) for uid, observed in by_uid.items()]
+
+    def is_current(self, manifests: Objects, links: Mapping[str, AgentLink], now: float) -> bool:
+        """Return True if observing the pods again would return equal ones."""
+        if manifests is not self._manifests:
+            return False
+        for observed, uid, link in self._observed:
+            if links.get(uid) is not link:
+                return False
+            if link is None:
+                if observed.pod.silent_seconds is not None:
+                    return False
+            elif link.state is not observed.state or not (
+                observed.pod.is_reporting and now - link.last_report_at <= STALE_AFTER_SECONDS
+            ):
+                return False
+        return True
+
+
 class ServingState:
     """State shared by both reconcilers; for one event loop."""
 
@@ -99,7 +135,7 @@ class ServingState:
         """Reasons why there is no room for copies, by pool UID and engine name."""
         self._windows: dict[str, tuple[float, Window]] = {}
         self._attached: dict[str, tuple[object, tuple[AdapterDeployment, ...]]] = {}
-        self._pods: dict[str, dict[str, _ObservedPod]] = {}
+        self._pods: dict[str, _ObservedPods] = {}
         self._pod_manifests: dict[str, tuple[int, Objects]] = {}
 
     def claims(self, resource: AdapterDeployment | ServingPool) -> list[ModelNameClaim]:
@@ -150,18 +186,22 @@ class ServingState:
         self._attached[pool.metadata.uid] = (inputs, attached)
         return attached
 
-    def pods(self, pool: ServingPool) -> list[PoolPod]:
+    def pods(self, pool: ServingPool) -> Sequence[PoolPod]:
         """Return the pool's pods, with their agents' reports. The same object is returned for an unchanged pod."""
-        links, now = self.agents.of(pool.metadata.uid), time.monotonic()
-        known, found = self._pods.get(pool.metadata.uid, {}), {}
-        for manifest in self.pod_manifests(pool):
-            uid = manifest["metadata"]["uid"]
-            link, old = links.get(uid), known.get(uid)
+        uid, now = pool.metadata.uid, time.monotonic()
+        links, manifests = self.agents.of(uid), self.pod_manifests(pool)
+        known = self._pods.get(uid)
+        if known is not None and known.is_current(manifests, links, now):
+            return known.pods
+        before, observed = known.by_uid if known is not None else {}, {}
+        for manifest in manifests:
+            pod_uid = manifest["metadata"]["uid"]
+            link, old = links.get(pod_uid), before.get(pod_uid)
             if old is None or not old.is_current(manifest, link, now):
                 old = _ObservedPod.observe(manifest, link, now)
-            found[uid] = old
-        self._pods[pool.metadata.uid] = found
-        return [observed.pod for observed in found.values()]
+            observed[pod_uid] = old
+        self._pods[uid] = _ObservedPods(manifests, observed, {pod_uid: links.get(pod_uid) for pod_uid in observed})
+        return self._pods[uid].pods
 
     def pod_manifests(self, pool: ServingPool) -> Objects:
         """Return the manifests of the pool's pods."""
@@ -180,9 +220,8 @@ class ServingState:
     def settled(self, pool: ServingPool) -> bool:
         """Return True if every ready pod's agent has reported since this process leads, or had enough time to."""
         links, now = self.agents.of(pool.metadata.uid), time.monotonic()
-        for pod in self.pods(pool):
-            if not pod.ready or pod.stopping or pod.state is not None:
-                continue
+        self.pods(pool)
+        for pod in self._pods[pool.metadata.uid].unreported:
             link = links.get(pod.uid)
             if link is None or now - link.since < _FIRST_REPORT_SECONDS:
                 return False
@@ -201,7 +240,7 @@ class ServingState:
             bases: global ids of models that need no adapter slot, such as a pool's base model.
         """
         now = time.monotonic()
-        last, window = self._windows.get(uid, (float("-inf"), Window()))
+        last, window = self._windows.get(uid) or (float("-inf"), Window())
         if now - last >= _SAMPLE_SECONDS:
             demand = self.demand.read(models, now)
             if bases:
