@@ -271,6 +271,9 @@ class Run:
             unknown = frozenset(of_any_layer(name) for name in names if weights.matrix_of(name) is None)
         if not self.family.unmeasured and names:
             engine = dict(self.family.engine)
+            if "kv_lora_rank" in self.family.settings:
+                # That of processors with AMX computes in bfloat16 only.
+                engine["attention_config"] = {"backend": "CPU_MLA"}
             if self.family.experts:
                 # vLLM's kernels for CPUs have no adapters of experts, which it would prepare for.
                 applied = [name for name in names if not is_unadapted(modules.class_name, name)]
