@@ -205,7 +205,8 @@ def main() -> int:
             found: dict[str, frozenset[str]] = {}
             for family, each in zip(families, checked.values(), strict=True):
                 answers = fill_in_answers(tried, each.request, limit_of(family)) if each.request else {}
-                own = each.unknown | unapplied(answers)
+                check_effects(each, answers, inexact_of(family))
+                own = each.unknown | unapplied(answers, inexact_of(family))
                 check_known(each, each.unknown | answers.keys(), own)
                 if answers or own:
                     found[each.class_name] = found.get(each.class_name, frozenset()) | own
@@ -214,13 +215,26 @@ def main() -> int:
     return report(document(checked, families), DOCUMENT, tried, only=bool(arguments.only))
 
 
-def unapplied(answers: dict[str, Any]) -> frozenset[str]:
-    """Return the modules, without the numbers of layers, of which vLLM refuses, ignores or misapplies adapters."""
+def unapplied(answers: dict[str, Any], inexact: float) -> frozenset[str]:
+    """Return the modules, without the numbers of layers, of which vLLM refuses, ignores or misapplies adapters.
+
+    Args:
+        answers: those of an engine about modules.
+        inexact: difference of log-probabilities that this engine's kernels cause with any adapter and without.
+    """
     return frozenset(
         name
         for name, answer in answers.items()
-        if "error" in answer or not answer["difference"] <= _APPLIED * answer["effect"]
+        if "error" in answer or not answer["difference"] <= max(_APPLIED * answer["effect"], inexact)
     )
+
+
+def check_effects(checked: Checked, answers: dict[str, Any], inexact: float) -> None:
+    """Note adapters of single modules whose effect is too small to tell whether vLLM applies them."""
+    small = [name for name, answer in answers.items() if "error" not in answer and answer["effect"] <= 2 * inexact]
+    if small:
+        first = next(iter(checked.tried.values()))
+        first.problems.append(f"adapters of {', '.join(sorted(small))} alone change too little to compare them")
 
 
 def check_known(checked: Checked, asked: AbstractSet[str], found: frozenset[str]) -> None:
@@ -239,6 +253,14 @@ def limit_of(family: Family) -> float:
     if "kv_lora_rank" in family.settings:
         return _LATENT_LIMIT
     return _XIELU_LIMIT if family.model_type == "apertus" else PARITY_LIMIT
+
+
+def inexact_of(family: Family) -> float:
+    """Return the difference that an engine's kernels cause in whatever they compute, besides rounding to its type.
+
+    Queries of latent attention are normalised, so the adapter of `q_a_proj` alone changes little, whatever its size.
+    """
+    return _LATENT_LIMIT if "kv_lora_rank" in family.settings else 0.0
 
 
 def write_unadapted(found: dict[str, frozenset[str]]) -> None:
