@@ -57,8 +57,9 @@ verify-fuzz-adapters: environment-server ## Check 10,000 mutated adapters as an 
 	@$(STEP) --last '^(passed|failed)' "fuzz the adapter check" $(RUN) --project server-image python \
 	  -m tests.server.fuzz_adapters --mutations $(or $(MUTATIONS),10000)
 
-benchmark-operator: environment ## Measure the operator's work with up to 4,000 adapters in a namespace
+benchmark-operator: environment ## Measure the operator's work with up to 4,000 adapters in a namespace, and a round of decisions for 5,000; fails above 1 s of CPU
 	@$(STEP) --live "operator" $(RUN) python -m benchmarks.operator.benchmark
+	@$(STEP) --live "round of decisions" $(RUN) python -m benchmarks.operator.decision_round
 
 benchmark-autoscaling: environment ## Compare the operator's scaling with a fixed pool, an HPA and Dynamo's on a simulated day (SEED=1); fails if it saves too little
 	@$(STEP) --live "autoscaling" $(UV) run --frozen --no-sync --with 'matplotlib>=3.10,<4' python -m benchmarks.autoscaling.benchmark \

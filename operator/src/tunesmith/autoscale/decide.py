@@ -16,10 +16,10 @@ A decision is a function of its `Inputs` alone, which can be recorded and decide
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import ceil, sqrt
+from math import ceil
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from tunesmith.autoscale.window import PANIC_SECONDS, STABLE_SECONDS, Means, Window
+from tunesmith.autoscale.window import PANIC_SECONDS, STABLE_SECONDS, Means, Window, is_steep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 PANIC_FACTOR = 2.0
 """Multiple of the current size that the demand of the last seconds must need for a panic."""
-PANIC_DEVIATIONS = 3.0
-"""Or the rise over the last minute's mean, in standard deviations: requests that arrive independently of each other
-vary by the square root of their mean number. The size of a large pool rarely doubles."""
 MAX_GROWTH = 10
 """A size grows at most to this multiple of itself at a time."""
 SHRINK_INTERVAL_SECONDS = 10.0
@@ -68,7 +65,7 @@ class Inputs:
         complete: True if every gateway reports.
         stable: means of the last `STABLE_SECONDS`.
         panic: means of the last `PANIC_SECONDS`.
-        peak_load: highest stable load within the delay.
+        peak_load: highest load within the delay; see `Window.peak`.
         peak_active: highest stable number of active adapters within the delay.
         floor: number that is needed at any load.
         floor_reason: the reason, as a sentence.
@@ -260,10 +257,9 @@ class _Choice:
     def decision(self) -> Decision:
         inputs, current = self._inputs, self._current
         stable, panic = self._need(inputs.stable, STABLE_SECONDS), self._need(inputs.panic, PANIC_SECONDS)
-        usual = max(0.0, inputs.stable.load)
         panics = panic.size > 1 and (
             panic.size >= PANIC_FACTOR * current
-            or (panic.size > current and inputs.panic.load > usual + PANIC_DEVIATIONS * sqrt(usual))
+            or (panic.size > current and is_steep(inputs.panic.load, inputs.stable.load))
         )
         panic_seconds = STABLE_SECONDS if panics else inputs.panic_seconds
         if not current and not inputs.requests:  # past requests bring nothing back from zero

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
@@ -16,6 +17,10 @@ PANIC_SECONDS = 6.0
 """Window of the mean that sizes follow while demand rises steeply: a tenth of the stable window, as Knative's."""
 MAX_GAP_SECONDS = 10.0
 """Longest gap between samples; in a longer one demand was unobserved: another replica led, or writes failed."""
+
+STEEP_DEVIATIONS = 3.0
+"""Rise over the last minute's mean that chance does not explain, in standard deviations: requests that arrive
+independently of each other vary by the square root of their mean number. The size of a large pool rarely doubles."""
 
 Figure = Literal["load", "active"]
 
@@ -142,6 +147,12 @@ class _Peak:
         return self._values[0][1]
 
 
+def is_steep(load: float, usual: float) -> bool:
+    """Return True if a load exceeds the usual one by more than chance explains."""
+    usual = max(0.0, usual)  # a mean of zeros may be negative by rounding
+    return load > usual + STEEP_DEVIATIONS * math.sqrt(usual)
+
+
 class Window:
     """Samples of an adapter's or a pool's demand, and what the decisions need to remember.
 
@@ -177,13 +188,15 @@ class Window:
         for steps in (self._stable, self._panic):
             steps.add(sample.at, float(running), sample.offered, sample.backlog, float(sample.active))
         self.stable, self.panic = self._stable.means(), self._panic.means()
-        self._peaks["load"].add(sample.at, self.stable.load, keep_seconds)
+        load, recent = self.stable.load, self.panic.load
+        # A size that a steep rise would bring back at once is not given up.
+        self._peaks["load"].add(sample.at, recent if is_steep(recent, load) else load, keep_seconds)
         self._peaks["active"].add(sample.at, self.stable.active, keep_seconds)
         self._floor.add(sample.at, sample.floor, keep_seconds)
         self.newest = sample
 
     def peak(self, figure: Figure) -> float:
-        """Highest stable mean of the last `keep_seconds`."""
+        """Highest stable mean of the last `keep_seconds`, or panic mean where it was steep."""
         return self._peaks[figure].value()
 
     def max_floor(self) -> int:
