@@ -38,6 +38,13 @@ UNADAPTED: dict[str, frozenset[str]] = {
             "model.layers.mlp.shared_experts.up_proj",
         }
     ),
+    "HYV4ForCausalLM": frozenset(
+        {
+            "model.layers.mlp.gate_proj",
+            "model.layers.mlp.shared_experts.gate_proj",
+            "model.layers.self_attn.gate_proj",
+        }
+    ),
     "Llama4ForCausalLM": frozenset(
         {
             "model.layers.self_attn.k_proj",
