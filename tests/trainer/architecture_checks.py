@@ -120,6 +120,7 @@ def write_modules(base: Path, names: Iterable[str], folder: Path) -> dict[str, P
     tokens = torch.randint(10, VOCABULARY, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(1))
     without = _log_probabilities(model, tokens)
     folders = {}
+    torch.manual_seed(0)
     for group, members in sorted(groups.items()):
         config = LoraConfig(r=4, lora_alpha=8, target_modules=members, task_type="CAUSAL_LM")
         adapted: Any = get_peft_model(model, config)
