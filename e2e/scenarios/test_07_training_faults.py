@@ -108,6 +108,7 @@ def went_on(name: str, before: str, step: int) -> None:
     assert attempts[1]["resumedFromStep"] >= step
 
 
+@pytest.mark.long
 def test_an_evicted_job_resumes(submit: Callable[..., str]) -> None:
     name = submit("evicted")
     pod, step = trains(name)

@@ -71,6 +71,7 @@ def admit(pool: str, allowed: dict[str, object]) -> None:
     kubectl("patch", "servingpool", pool, "--namespace", DEMO, "--type=merge", "--patch", patch)
 
 
+@pytest.mark.long
 def test_the_first_page_and_the_next_one_run_as_written(reader: dict[str, str], tmp_path: Path, pool: str) -> None:
     inside = store_secret(TEAM)["stringData"]
     outside = store_environment()

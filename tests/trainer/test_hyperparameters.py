@@ -106,6 +106,7 @@ def test_a_run_that_changes_no_weight_fails(bench: Workbench, clip: float, messa
     assert not (bench.output / "artifact").exists()
 
 
+@pytest.mark.long
 def test_every_optimizer_trains_differently(bench: Workbench) -> None:
     method = {"lora": {"rank": 64, "alpha": 64}}  # smaller tensors have their state in 32 bits
     curves = {
