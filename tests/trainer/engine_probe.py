@@ -34,6 +34,19 @@ SECONDS = 900
 """Time limit of an engine, on a machine that other processes use too."""
 
 
+def refusal_of(engine: Any, adapter: LoRARequest) -> str | None:
+    """Load an adapter; return why vLLM refuses it, or None.
+
+    A request whose adapter is refused would stay in the engine, which then waits for it without end.
+    """
+    try:
+        engine.llm_engine.add_lora(adapter)
+    except ValueError as error:
+        engine.llm_engine.remove_lora(adapter.lora_int_id)
+        return str(error)[:300]
+    return None
+
+
 def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None) -> float:
     """Return the largest difference of log-probabilities over all answers' tokens; of the base without an adapter."""
     found = 0.0
@@ -53,16 +66,11 @@ def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest | None)
 def of_modules(engine: Any, folder: str, number: int) -> dict[str, Any]:
     """Return the answer about an adapter of the modules of one name."""
     probe = json.loads((Path(folder) / "module.json").read_text())
+    adapter = LoRARequest(f"m{number}", number, folder)
+    if refusal := refusal_of(engine, adapter):
+        return {"error": refusal}
     sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-    try:
-        (output,) = engine.generate(
-            [{"prompt_token_ids": probe["tokens"]}],
-            sampling,
-            lora_request=LoRARequest(f"m{number}", number, folder),
-            use_tqdm=False,
-        )
-    except ValueError as error:
-        return {"error": str(error)[:300]}
+    (output,) = engine.generate([{"prompt_token_ids": probe["tokens"]}], sampling, lora_request=adapter, use_tqdm=False)
     found = [place[token].logprob for token, place in zip(probe["tokens"][1:], output.prompt_logprobs[1:], strict=True)]
     return {"difference": _farthest(found, probe["adapter"]), "effect": _farthest(probe["base"], probe["adapter"])}
 
@@ -89,11 +97,11 @@ def answers_of(request: dict[str, Any]) -> dict[str, Any]:
     answers: dict[str, dict[str, Any]] = {}
     for number, (key, folder) in enumerate(request["artifacts"].items(), 1):
         parity = json.loads((Path(folder) / "parity.json").read_text())
-        try:
-            found = difference(engine, parity, LoRARequest(f"a{number}", number, folder))
-        except ValueError as error:
-            answers[key] = {"error": str(error)[:300]}
+        adapter = LoRARequest(f"a{number}", number, folder)
+        if refusal := refusal_of(engine, adapter):
+            answers[key] = {"error": refusal}
         else:
+            found = difference(engine, parity, adapter)
             answers[key] = {"difference": found, "base": difference(engine, parity, None)}
     modules = {
         name: of_modules(engine, folder, number)
