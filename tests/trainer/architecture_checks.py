@@ -66,6 +66,14 @@ _SCALES = (0.1, 0.5, 2.0, 8.0)
 """Standard deviations of the values of the second matrix of a module's adapter, of which the least is used that has:"""
 _EFFECT = 0.5
 """Change of a log-probability by the adapter of one module."""
+_BESIDE = {
+    # vLLM refuses its adapter alone.
+    "linear_attn.in_proj_z": "linear_attn.in_proj_qkv",
+    # Their effect on a tiny model is less than bfloat16's error, unless more of the layer's output is used.
+    "linear_attn.in_proj_a": "linear_attn.out_proj",
+    "linear_attn.in_proj_b": "linear_attn.out_proj",
+}
+"""Modules whose adapter is tried with one of another module, and the effect is that of both over the other's."""
 
 
 def methods_of(family: Family) -> dict[str, tuple[dict[str, Any], str]]:
@@ -101,11 +109,13 @@ def of_peft(family: Family) -> int:
     )
 
 
-def write_modules(base: Path, names: Iterable[str], folder: Path) -> dict[str, Path]:
+def write_modules(published: Path, names: Iterable[str], folder: Path) -> dict[str, Path]:
     """Write an adapter for the modules of each name alone, random and strong, with what PEFT computes with it.
 
+    Those of `_BESIDE` have another's adapter too.
+
     Args:
-        base: folder of the base.
+        published: folder of the base.
         names: full names of modules.
         folder: folder to write to.
 
@@ -115,33 +125,44 @@ def write_modules(base: Path, names: Iterable[str], folder: Path) -> dict[str, P
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(of_any_layer(name), []).append(name)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
     # The first ones are special.
     tokens = torch.randint(10, VOCABULARY, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(1))
     without = _log_probabilities(model, tokens)
     folders = {}
     torch.manual_seed(0)
     for group, members in sorted(groups.items()):
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=members, task_type="CAUSAL_LM")
+        layer, _, name = group.rpartition(".layers.")
+        beside = groups.get(f"{layer}.layers.{_BESIDE[name]}", []) if name in _BESIDE else []
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=[*beside, *members], task_type="CAUSAL_LM")
         adapted: Any = get_peft_model(model, config)
-        second = [value for name, value in adapted.named_parameters() if ".lora_B." in name]
-        directions = [torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) for value in second]
-        for scale in _SCALES:
-            for value, direction in zip(second, directions, strict=True):
-                value.data.copy_(scale * direction)
-            found = _log_probabilities(adapted, tokens)
-            if float((found - without).abs().max()) >= _EFFECT:
-                break
+        base = _strengthen(adapted, beside, tokens, without) if beside else without
+        found = _strengthen(adapted, members, tokens, base)
         folders[group] = folder / group
         adapted.save_pretrained(folders[group])
         # PEFT writes a set; the same content has the same answers.
         saved = folders[group] / ADAPTER_CONFIG
         content = json.loads(saved.read_text())
         saved.write_text(json.dumps(content | {"target_modules": sorted(content["target_modules"])}))
-        answer = {"tokens": tokens.tolist(), "base": without.tolist(), "adapter": found.tolist()}
+        answer = {"tokens": tokens.tolist(), "base": base.tolist(), "adapter": found.tolist()}
         (folders[group] / "module.json").write_text(json.dumps(answer))
         model = adapted.unload()
     return folders
+
+
+def _strengthen(adapted: Any, members: list[str], tokens: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+    """Make the adapters of modules strong, so that they have an effect; return the log-probabilities with them."""
+    prefixes = tuple(f"base_model.model.{name}.lora_B." for name in members)
+    second = [value for name, value in adapted.named_parameters() if name.startswith(prefixes)]
+    directions = [torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) for value in second]
+    found = without
+    for scale in _SCALES:
+        for value, direction in zip(second, directions, strict=True):
+            value.data.copy_(scale * direction)
+        found = _log_probabilities(adapted, tokens)
+        if float((found - without).abs().max()) >= _EFFECT:
+            break
+    return found
 
 
 def _log_probabilities(model: Any, tokens: torch.Tensor) -> torch.Tensor:

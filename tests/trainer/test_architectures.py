@@ -182,6 +182,17 @@ def test_an_adapter_is_servable_without_the_modules_that_vllm_does_not_adapt() -
     assert plan("GLM-4-0414", {"lora": named}).servable.vllm
 
 
+def test_an_adapter_of_half_a_matrix_that_vllm_refuses_alone_is_not_servable() -> None:
+    alone = plan("Qwen3.5", {"lora": {"targetModules": ["in_proj_z"]}}).servable
+    assert not alone.vllm
+    assert str(alone.reason).startswith(
+        "vLLM 0.32 refuses an adapter of model.layers.0.linear_attn.in_proj_z without one of in_proj_qkv in the same "
+        "layer: train it too, or merge"
+    )
+    assert plan("Qwen3.5", {"lora": {"targetModules": ["in_proj_z", "in_proj_qkv"]}}).servable.vllm
+    assert plan("Qwen3.5", {"lora": {"targetModules": ["in_proj_qkv"]}}).servable.vllm
+
+
 def test_the_modules_that_vllm_does_not_adapt_are_those_of_the_pinned_release() -> None:
     """After an update of vLLM, run `make verify-architectures`."""
     assert ASKED == VLLM_RELEASE

@@ -38,6 +38,8 @@ MERGED = "merge the adapter (output.merge) and serve the result as a model of it
 """What to do with an adapter that vLLM cannot serve."""
 ABSORBED = "kv_b_proj"
 """Module of latent attention whose weights vLLM multiplies into others when it loads the base, past an adapter."""
+_PACKED_AFTER = {"in_proj_z": "in_proj_qkv"}
+"""Modules that vLLM packs into one matrix with an earlier one, and whose adapters it refuses without that one's."""
 MAX_RANK = 512
 """Highest rank that vLLM supports (--max-lora-rank)."""
 MAX_CONFIG_BYTES = 256 * 1024
@@ -199,6 +201,16 @@ def check_modules(architecture: str, adapted: Iterable[str], linear: Iterable[st
     Raises:
         UnservableError: vLLM would not apply the adapter to a module.
     """
+    adapted = set(adapted)
+    for name in sorted(adapted):
+        layer, _, last = name.rpartition(".")
+        first = _PACKED_AFTER.get(last)
+        if first is not None and f"{layer}.{first}" not in adapted:
+            raise UnservableError(
+                f"vLLM {VLLM} refuses an adapter of {name} without one of {first} in the same layer: train it too, or "
+                f"{MERGED}",
+                ("target_modules",),
+            )
     without = sorted({_last_part(name) for name in adapted if is_unadapted(architecture, name)})
     if not without:
         return
