@@ -218,7 +218,8 @@ async def test_gateways_share_the_places_of_a_pod(start: Start) -> None:
     rig, pod = await busy_pod(start, 8, replicas=2)
     pod.gate.clear()
     tasks = [asyncio.create_task(rig.chat("pirate")) for _ in range(10)]
-    await eventually(lambda: rig.gateway.demand.waiting["team/pirate"] == 6, "the rest waits")
-    assert pod.running == 4
+    await eventually(
+        lambda: (pod.running, rig.gateway.demand.waiting["team/pirate"]) == (4, 6), "the rest waits at the gateway"
+    )
     pod.gate.set()
     assert {status for status, _ in await asyncio.gather(*tasks)} == {200}

@@ -70,7 +70,7 @@ def simulate_(
     no longer: one in which every pod holds every adapter, as with the HorizontalPodAutoscaler, and one whose copies are
     in proportion to the arrivals, as NVIDIA Dynamo computes them.
 
-    Examples:
+    Example:
       tunesmith simulate --trace access.log -f pool.yaml --start-seconds 90
       tunesmith simulate --replay operator.log
     """
