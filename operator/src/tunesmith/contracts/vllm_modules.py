@@ -58,6 +58,7 @@ UNADAPTED: dict[str, frozenset[str]] = {
     ),
     "Qwen3NextForCausalLM": frozenset(
         {
+            "model.layers.linear_attn.in_proj_ba",
             "model.layers.mlp.shared_expert_gate",
         }
     ),
